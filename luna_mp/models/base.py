@@ -1,0 +1,96 @@
+"""What a CLIP and a VAE must be able to do, whatever library they come from."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+__all__ = ("ClipModel", "Conditioning", "ModelSpec", "VaeModel")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Names a model: its files or its folder, and how to read them.
+
+    `paths`   one folder, or one to four weight files (the parts of a composed text encoder)
+    `type`    the model family's convention ("sd1", "sdxl", "flux", …), or "auto"
+    `dtype`   a torch dtype's name ("float16"), or "auto": what the source thinks best
+    `source`  "diffusers", "comfyui", "demo", or "auto": what the paths look like
+    """
+
+    paths: tuple[str, ...] = ()
+    type: str = "auto"
+    dtype: str = "auto"
+    source: str = "auto"
+
+
+class Conditioning(NamedTuple):
+    """What a text encoder makes of a prompt.
+
+    `cond`    float [1, tokens, width]
+    `pooled`  float [1, width of the pooled output], or None for encoders without one
+    `extras`  further entries of the source's own, tensors or plain data
+    """
+
+    cond: torch.Tensor
+    pooled: torch.Tensor | None
+    extras: dict[str, Any]
+
+
+class VaeModel(ABC):
+    """An autoencoder on its device. Callers hold `torch.inference_mode()` and a lock.
+
+    Latents are as the autoencoder takes them, unscaled, [B, latent_channels, *spatial];
+    images are float 0..1, [B, H, W, image_channels] ([B, T, H, W, C] where `spatial_dims` is 3).
+    Both may lie on any device and in any floating dtype; results lie on `device`.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    latent_channels: int
+    image_channels: int
+    spatial_dims: int
+    #: pixels along one edge for each element of a latent
+    spatial_ratio: int
+
+    @abstractmethod
+    def decode(self, latent: torch.Tensor) -> torch.Tensor:
+        """Image, float32, for a latent. Raises `torch.OutOfMemoryError`."""
+
+    @abstractmethod
+    def encode(self, image: torch.Tensor) -> torch.Tensor:
+        """Mode of the posterior, in `dtype`, for an image. Raises `torch.OutOfMemoryError`."""
+
+    @abstractmethod
+    def decode_tiled(self, latent: torch.Tensor) -> torch.Tensor:
+        """Like `decode` in overlapping tiles: less memory, other bits."""
+
+    @abstractmethod
+    def encode_tiled(self, image: torch.Tensor) -> torch.Tensor:
+        """Like `encode` in overlapping tiles: less memory, other bits."""
+
+    @abstractmethod
+    def weight_bytes(self) -> int:
+        """Bytes that the weights take on the device."""
+
+
+class ClipModel(ABC):
+    """One text encoder, or several that make one conditioning. Callers hold inference mode."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    @abstractmethod
+    def tokenize(self, text: str) -> dict[str, list[int]]:
+        """Token ids of a prompt for each encoder, as the model would read them."""
+
+    @abstractmethod
+    def encode(self, text: str) -> Conditioning:
+        """Conditioning of one prompt, on `device`; an empty prompt is a prompt."""
+
+    @abstractmethod
+    def weight_bytes(self) -> int:
+        """Bytes that the weights take on the device."""
