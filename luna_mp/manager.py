@@ -1,0 +1,296 @@
+"""The managers: what listens, which calls it admits, and who may make them.
+
+`multiprocessing.managers` gives the frame: a serializer registered in `listener_client`, a
+`BaseManager` for each kind of address and its `Server`. What the stock classes do between is
+replaced, since there no wait has an end, each TCP connection costs 44 ms, a dead connection is kept
+for each thread, a remote traceback is lost, and every peer may read any referent or stop the
+server. Here a connection is authenticated, counted and bounded; it reaches one worker by the names
+that the service exposed to this manager, and nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import traceback
+from collections.abc import Callable, Mapping
+from multiprocessing import managers
+from typing import Any
+
+from luna_mp.deadline import Deadline
+from luna_mp.errors import Broken, LunaError, Rejected, TimedOut, Unavailable
+from luna_mp.sessions import Session, Sessions
+from luna_mp.wire import handshake, probe, stream
+from luna_mp.wire.channel import Channel
+from luna_mp.wire.stream import Stream
+
+__all__ = ("Call", "LocalManager", "RemoteManager", "Server")
+
+logger = logging.getLogger(__name__)
+
+MAX_CONNECTIONS = 256
+MAX_HANDSHAKES = 64  # strangers at once; each has five seconds
+IDLE_SECONDS = 3600.0  # a client that needs a connection again opens one in a millisecond
+SEND_SECONDS = 60.0  # for a client to take its reply
+MAX_CALL_SECONDS = 24 * 3600.0
+ACCEPT_SECONDS = 0.5  # between two looks at whether to stop
+CONTROL_SECONDS = 5.0  # for a refusal to leave
+
+Exposed = Mapping[str, Callable[..., Any]]
+
+
+class Call:
+    """One request under way, as the worker sees it."""
+
+    def __init__(self, channel: Channel, session: Session, method: str, seconds: float) -> None:
+        self._stream = channel.stream
+        self.client = session.identity.client_id
+        self.method = method
+        self.deadline = Deadline(seconds, f"{method} for client {self.client[:8]}")
+
+    def __repr__(self) -> str:
+        return f"<Call {self.method} of {self.client[:8]}>"
+
+    def is_abandoned(self) -> bool:
+        """True once nobody waits for the result: the client has gone, or has given up."""
+        return self.deadline.has_passed or self._stream.peer_has_gone
+
+
+class _Listener:
+    """What `managers.Server` makes to listen; it accepts streams nobody has authenticated yet."""
+
+    def __init__(self, address: str | tuple[str, int], backlog: int) -> None:
+        self._socket = stream.listen(address)
+        self._socket.settimeout(ACCEPT_SECONDS)
+        self._path = address if isinstance(address, str) else ""
+        bound = self._socket.getsockname()
+        self.address = address if isinstance(address, str) else (bound[0], bound[1])
+
+    def accept(self) -> Stream | None:
+        """The next connection, or None when there was none for a while. Raises `OSError`."""
+        try:
+            sock, peer = self._socket.accept()
+        except TimeoutError:
+            return None
+        return Stream(sock, f"{peer[0]}:{peer[1]}" if peer else "a local client")
+
+    def close(self) -> None:
+        if self._path and os.path.exists(self._path):
+            os.unlink(self._path)
+        self._socket.close()
+
+
+def _no_client(*_args: object, **_kwargs: object) -> None:
+    raise LunaError("use luna_mp.connect: the stock proxies of multiprocessing have no deadline")
+
+
+managers.listener_client["luna"] = (_Listener, _no_client)  # type: ignore[attr-defined]
+
+
+class Server(managers.Server):
+    """Serves one worker at one address; a daemon thread for each connection, which runs its calls.
+
+    `serve_forever` returns after `stop`. Owns its listener and its connections.
+    """
+
+    listener: _Listener
+    # The stock server lets any peer read a referent, create, count and shut down.
+    public: list[str] = []
+    fallback_mapping: dict[str, Any] = {}
+
+    def __init__(
+        self,
+        name: str,
+        exposed: Exposed,
+        address: str | tuple[str, int],
+        authkey: bytes,
+        sessions: Sessions,
+        max_message: int,
+        pin: bool,
+    ) -> None:
+        super().__init__({}, address, authkey, "luna")  # type: ignore[call-arg]
+        self.name = name
+        self._key = bytes(authkey)
+        self._exposed = exposed
+        self._sessions = sessions
+        self._max_message = max_message
+        self._pin = pin
+        self._identity = handshake.identity()
+        self._stop = threading.Event()
+        self._threads: dict[threading.Thread, Stream] = {}
+        self._busy: set[threading.Thread] = set()
+        self._handshakes = 0
+        self._idle = threading.Condition()
+
+    def __repr__(self) -> str:
+        return f"<Server {self.name} at {self.address}, {len(self._threads)} connections>"
+
+    def serve_forever(self) -> None:  # type: ignore[override]
+        """Accept until `stop`."""
+        while not self._stop.is_set():
+            try:
+                accepted = self.listener.accept()
+            except OSError as exc:
+                # Descriptors are used up: those that are open go on, and some will close.
+                logger.warning("%r cannot accept: %s", self, exc)
+                self._stop.wait(ACCEPT_SECONDS)
+                continue
+            if accepted is not None:
+                self._admit(accepted)
+        self.listener.close()
+
+    def stop(self, grace: float) -> None:
+        """Admit nobody more; give running calls `grace` seconds, then close every connection."""
+        self._stop.set()
+        with self._idle:
+            self._idle.wait_for(lambda: not self._busy, timeout=grace)
+            streams = list(self._threads.items())
+        for thread, open_stream in streams:
+            open_stream.wake()
+        for thread, _ in streams:
+            thread.join(timeout=1.0)
+
+    def _admit(self, accepted: Stream) -> None:
+        thread = threading.Thread(
+            target=self._handle, args=(accepted,), name=f"{self.name} connection", daemon=True
+        )
+        with self._idle:
+            full = len(self._threads) >= MAX_CONNECTIONS or self._handshakes >= MAX_HANDSHAKES
+            if not full:
+                self._threads[thread] = accepted
+                self._handshakes += 1
+        if full:
+            logger.warning("%r is full: a connection was refused", self)
+            handshake.refuse(accepted, f"this service has its {MAX_CONNECTIONS} connections")
+            return
+        thread.start()
+
+    def _handle(self, accepted: Stream) -> None:
+        """Own one connection from the handshake to its end."""
+        thread = threading.current_thread()
+        try:
+            with Channel(accepted, self._max_message) as channel:
+                identity = self._authenticate(accepted)
+                session = self._sessions.join(identity, accepted.peer)
+                try:
+                    self._serve(channel, session)
+                finally:
+                    self._sessions.leave(session)
+        except LunaError as exc:
+            logger.info("%r: %s", self, exc)
+        finally:
+            with self._idle:
+                self._threads.pop(thread, None)
+                self._idle.notify_all()
+
+    def _authenticate(self, accepted: Stream) -> handshake.Identity:
+        try:
+            return handshake.answer(accepted, self._key, self._identity)
+        finally:
+            with self._idle:
+                self._handshakes -= 1
+
+    def _serve(self, channel: Channel, session: Session) -> None:
+        while not self._stop.is_set():
+            try:
+                request = channel.recv(Deadline(IDLE_SECONDS, "an idle connection"))
+            except (Broken, TimedOut):
+                return
+            except Rejected as exc:
+                # What follows cannot be told from the rest of the bad message.
+                channel.send(_failure(exc), Deadline(CONTROL_SECONDS, "a refusal"))
+                raise
+            with self._idle:
+                self._busy.add(threading.current_thread())
+            try:
+                self._answer(channel, session, request)
+            finally:
+                # Inputs go after the reply left: letting go of CUDA memory waits for the GPU.
+                del request
+                with self._idle:
+                    self._busy.discard(threading.current_thread())
+                    self._idle.notify_all()
+
+    def _answer(self, channel: Channel, session: Session, request: dict[str, Any]) -> None:
+        reply = self._reply(channel, session, request)
+        deadline = Deadline(SEND_SECONDS, f"{channel.stream.peer} taking its reply")
+        try:
+            channel.send(reply, deadline)
+        except Rejected as exc:
+            channel.send(_failure(exc), deadline)
+
+    def _reply(self, channel: Channel, session: Session, request: dict[str, Any]) -> dict[str, Any]:
+        try:
+            if "method" not in request:
+                return probe.answer(channel, session, self._sessions, request, self._pin)
+            result = self._call(channel, session, request)
+        except Exception as exc:  # the one boundary: what a worker raises becomes data
+            self._sessions.count(session, failed=True)
+            return _failure(exc)
+        self._sessions.count(session, failed=False)
+        return {"result": result}
+
+    def _call(self, channel: Channel, session: Session, request: dict[str, Any]) -> Any:
+        match request:
+            case {
+                "method": str(method),
+                "args": tuple(args),
+                "kwargs": dict(kwargs),
+                "timeout": int() | float() as seconds,
+            }:
+                pass
+            case _:
+                raise Rejected(f"a request is malformed: it has {sorted(map(str, request))}")
+        if method not in self._exposed:
+            raise Rejected(
+                f"{method!r:.60} is not a call that {self.name} takes from "
+                f"{session.origin}; it takes {', '.join(sorted(self._exposed))}"
+            )
+        call = Call(channel, session, method, min(max(seconds, 0.0), MAX_CALL_SECONDS))
+        return self._exposed[method](call, *args, **kwargs)
+
+
+def _failure(exc: Exception) -> dict[str, Any]:
+    text = str(exc) if isinstance(exc, LunaError) else f"{type(exc).__name__}: {exc}"
+    trace = "".join(traceback.format_exception(exc))
+    return {"error": text, "kind": type(exc).__name__, "traceback": trace}
+
+
+class _Manager(managers.BaseManager):
+    """A `BaseManager` whose server is ours; `get_server` is all that a service needs of it."""
+
+    def __init__(
+        self,
+        name: str,
+        exposed: Exposed,
+        address: str | tuple[str, int],
+        authkey: bytes,
+        sessions: Sessions,
+        max_message: int,
+        pin: bool = False,
+    ) -> None:
+        super().__init__(address, authkey, serializer="luna")
+        self._make = lambda: Server(name, exposed, address, authkey, sessions, max_message, pin)
+
+    def get_server(self) -> Server:
+        """The server, listening. Raises `LunaError` where the address cannot be had."""
+        return self._make()
+
+
+class LocalManager(_Manager):
+    """For this user on this machine: a Unix socket in a directory that only the user can enter."""
+
+    def get_server(self) -> Server:
+        """Like the base's; a socket file that a killed service left behind is replaced."""
+        path = self.address
+        if isinstance(path, str) and os.path.exists(path):
+            try:
+                stream.connect(path, Deadline(1.0, f"asking who is at {path}")).close()
+            except Unavailable:
+                os.unlink(path)
+        return super().get_server()
+
+
+class RemoteManager(_Manager):
+    """For other hosts: TCP, tensors as bytes beside the message."""

@@ -1,0 +1,126 @@
+"""Pickle that can hold no code: data travels as pickle's own opcodes, tensors by carrier.
+
+A pickle that names no global can build nothing but None, numbers, strings, bytes, lists, tuples,
+sets and dicts, so the reader refuses every global and the writer every object that would need one
+(https://docs.python.org/3/library/pickle.html#restricting-globals).
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NoReturn
+
+import torch
+
+from luna_mp.errors import Rejected, Unsendable
+
+__all__ = ("dumps", "loads")
+
+# What a reader of arbitrary bytes may raise before it has noticed that they are not a pickle.
+_GARBAGE = (
+    pickle.UnpicklingError,
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+class _Foreign(Exception):
+    """Raised with an object that cannot be sent, and why."""
+
+
+class _Pickler(pickle.Pickler):
+    def __init__(self, file: io.BytesIO, pack: Callable[[torch.Tensor], object]) -> None:
+        super().__init__(file, protocol=5)
+        self._pack = pack
+        self._packed: dict[int, object] = {}
+
+    def persistent_id(self, obj: Any) -> object:
+        if not isinstance(obj, torch.Tensor):
+            return None
+        # One tensor in two places crosses once, and is one tensor again on the other side.
+        key = id(obj)
+        if key not in self._packed:
+            try:
+                self._packed[key] = (len(self._packed), self._pack(obj))
+            except Unsendable as exc:
+                raise _Foreign(obj, str(exc)) from exc
+        return self._packed[key]
+
+    def reducer_override(self, obj: Any) -> NoReturn:
+        raise _Foreign(obj, f"{type(obj).__name__}: only data and tensors can be sent")
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, unpack: Callable[[Any], torch.Tensor]) -> None:
+        super().__init__(file)
+        self._unpack = unpack
+        self._unpacked: list[torch.Tensor] = []
+
+    def persistent_load(self, pid: Any) -> torch.Tensor:
+        index, token = pid
+        if index == len(self._unpacked):
+            self._unpacked.append(self._unpack(token))
+        tensor: torch.Tensor = self._unpacked[index]
+        return tensor
+
+    def find_class(self, module: str, name: str) -> NoReturn:
+        raise Rejected(f"a message names the object {module}.{name}: only data may cross")
+
+
+def dumps(message: Mapping[str, Any], pack: Callable[[torch.Tensor], object]) -> memoryview:
+    """Pickle a message; `pack` gives each tensor's token.
+
+    Raises `Unsendable` with the path to the first value that is not data.
+    """
+    file = io.BytesIO()
+    try:
+        _Pickler(file, pack).dump(message)
+    except RecursionError as exc:
+        raise Unsendable("a value is nested too deeply to be sent") from exc
+    except _Foreign as exc:
+        culprit, why = exc.args
+        raise Unsendable(f"{_path_to(culprit, message)}: {why}") from exc
+    return file.getbuffer()
+
+
+def loads(payload: bytes | bytearray, unpack: Callable[[Any], torch.Tensor]) -> Any:
+    """Read a message; `unpack` gives the tensor for a token. Raises `Rejected` for garbage."""
+    try:
+        return _Unpickler(io.BytesIO(payload), unpack).load()
+    except _GARBAGE as exc:
+        raise Rejected(f"a message of {len(payload)} bytes is not data: {exc}") from exc
+
+
+def _path_to(culprit: object, message: Mapping[str, Any]) -> str:
+    for name, value in message.items():
+        for path in _paths(culprit, value, name, set()):
+            return path
+    return "a value"
+
+
+def _paths(culprit: object, value: Any, path: str, seen: set[int]) -> Iterator[str]:
+    if value is culprit:
+        yield path
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if type(value) is dict:
+        for key, item in value.items():
+            yield from _paths(culprit, key, f"{path}, a key", seen)
+            yield from _paths(culprit, item, f"{path}[{_quoted(key)}]", seen)
+    elif type(value) in (list, tuple, set, frozenset):
+        for index, item in enumerate(value):
+            yield from _paths(culprit, item, f"{path}[{index}]", seen)
+
+
+def _quoted(key: Any) -> str:
+    return f'"{key}"' if isinstance(key, str) else repr(key)

@@ -1,0 +1,205 @@
+"""Who is there: mutual proof of one key, then both ends say what they are.
+
+    client → server   {"luna": version, "nonce": Nc}
+    server → client   {"luna": version, "nonce": Ns, "proof": H(key, "server", Nc, Ns)}
+    client → server   {"identity": …, "proof": H(key, "client", Nc, Ns, identity)}
+    server → client   {"identity": …, "proof": H(key, "welcome", Nc, Ns, identity)}
+                      or {"refused": text}
+
+H is HMAC-SHA256. Each proof names its role and both nonces, so an answer that one client gives is
+worth nothing to another: who does not hold the key cannot pass by relaying between two clients.
+Each message is a length (u16) and JSON; nothing of a stranger's is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import logging
+import os
+import secrets
+import struct
+import sys
+import uuid
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Any, NoReturn
+
+import psutil
+
+from luna_mp.deadline import Deadline
+from luna_mp.errors import LunaError, Rejected, WrongKey, WrongVersion
+from luna_mp.wire.stream import Stream
+
+__all__ = ("PROTOCOL", "Identity", "answer", "greet", "identity", "refuse")
+
+logger = logging.getLogger(__name__)
+
+PROTOCOL = 1
+LENGTH = struct.Struct("!H")
+NONCE_BYTES = 32
+SECONDS = 5.0  # for the whole handshake
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What each end tells the other once the key is proven."""
+
+    client_id: str
+    pid: int
+    #: of the process, in seconds since the epoch: pids are used again, this pair is not
+    created: float
+    boot_id: str
+    platform: str
+    torch: str
+    #: UUIDs of the GPUs that this process has opened; asking never opens one
+    gpus: tuple[str, ...]
+    #: torch's CUDA allocator, or "" where CUDA is not in use
+    allocator: str
+
+    @classmethod
+    def from_data(cls, data: Any) -> Identity:
+        try:
+            return cls(**{**data, "gpus": tuple(data["gpus"]), "pid": int(data["pid"])})
+        except (TypeError, KeyError, ValueError) as exc:
+            raise Rejected(f"an identity is malformed: {data!r:.200}") from exc
+
+
+def identity(client_id: str = "") -> Identity:
+    """Describe this process; `client_id` is made up when not given."""
+    import torch
+
+    gpus: tuple[str, ...] = ()
+    allocator = ""
+    if torch.cuda.is_initialized():
+        count = torch.cuda.device_count()
+        gpus = tuple(str(torch.cuda.get_device_properties(i).uuid) for i in range(count))
+        allocator = torch.cuda.get_allocator_backend()
+    return Identity(
+        client_id=client_id or uuid.uuid4().hex,
+        pid=os.getpid(),
+        created=psutil.Process().create_time(),
+        boot_id=_boot_id(),
+        platform=sys.platform,
+        torch=torch.__version__,
+        gpus=gpus,
+        allocator=allocator,
+    )
+
+
+def greet(stream: Stream, key: bytes, mine: Identity) -> Identity:
+    """The client's side. Raises `WrongKey`, `WrongVersion`, `Rejected`, `TimedOut`, `Broken`."""
+    deadline = Deadline(SECONDS, f"the handshake with {stream.peer}")
+    nonce = secrets.token_hex(NONCE_BYTES)
+    _send(stream, {"luna": PROTOCOL, "nonce": nonce}, deadline)
+    reply = _recv(stream, deadline)
+    _check_version(reply.get("luna"), stream.peer)
+    nonces = (nonce, str(reply.get("nonce")))
+    if not _is_proof(reply.get("proof"), key, "server", *nonces):
+        raise WrongKey(f"{stream.peer} does not hold this client's authkey: check {KEY_SOURCES}")
+    said = json.dumps(asdict(mine))
+    proof = _proof(key, "client", *nonces, said)
+    _send(stream, {"identity": said, "proof": proof}, deadline)
+    reply = _recv(stream, deadline)
+    theirs = str(reply.get("identity"))
+    if not _is_proof(reply.get("proof"), key, "welcome", *nonces, theirs):
+        raise WrongKey(f"{stream.peer} could not prove the authkey to the end")
+    return Identity.from_data(json.loads(theirs))
+
+
+def answer(stream: Stream, key: bytes, mine: Identity) -> Identity:
+    """The server's side. A peer that fails is told no more than it needs to correct itself."""
+    deadline = Deadline(SECONDS, f"the handshake with {stream.peer}")
+    try:
+        return _answer(stream, key, mine, deadline)
+    except (WrongKey, WrongVersion, Rejected) as exc:
+        refusal = {"luna": PROTOCOL, "refused": str(exc), "kind": type(exc).__name__}
+        _send(stream, refusal, deadline)
+        raise
+
+
+def refuse(stream: Stream, why: str) -> None:
+    """Turn a stranger away, and close; it may already have gone, and nobody waits for it."""
+    try:
+        _send(stream, {"luna": PROTOCOL, "refused": why}, Deadline(1.0, "a refusal"))
+    except LunaError as exc:
+        logger.debug("%s left before it was refused: %s", stream.peer, exc)
+    finally:
+        stream.close()
+
+
+def _answer(stream: Stream, key: bytes, mine: Identity, deadline: Deadline) -> Identity:
+    hello = _recv(stream, deadline)
+    _check_version(hello.get("luna"), "the client")
+    nonces = (str(hello.get("nonce")), secrets.token_hex(NONCE_BYTES))
+    if len(nonces[0]) != 2 * NONCE_BYTES:
+        raise Rejected(f"a nonce of {len(nonces[0])} characters; it takes {2 * NONCE_BYTES}")
+    proof = _proof(key, "server", *nonces)
+    _send(stream, {"luna": PROTOCOL, "nonce": nonces[1], "proof": proof}, deadline)
+    reply = _recv(stream, deadline)
+    theirs = str(reply.get("identity"))
+    if not _is_proof(reply.get("proof"), key, "client", *nonces, theirs):
+        raise WrongKey(f"the client does not hold this service's authkey: check {KEY_SOURCES}")
+    peer = Identity.from_data(json.loads(theirs))
+    said = json.dumps(asdict(mine))
+    welcome = {"identity": said, "proof": _proof(key, "welcome", *nonces, said)}
+    _send(stream, welcome, deadline)
+    return peer
+
+
+KEY_SOURCES = "LUNA_MP_AUTHKEY, the authkey file, or the runtime directory"
+
+
+def _check_version(theirs: object, peer: str) -> None:
+    if theirs != PROTOCOL:
+        raise WrongVersion(
+            f"{peer} speaks version {theirs!r:.40} of luna-mp's protocol and this end version "
+            f"{PROTOCOL}: install the same luna-mp at both ends"
+        )
+
+
+def _proof(key: bytes, *said: str) -> str:
+    return hmac.new(key, json.dumps(["luna-mp", *said]).encode(), hashlib.sha256).hexdigest()
+
+
+def _is_proof(claimed: object, key: bytes, *said: str) -> bool:
+    return isinstance(claimed, str) and hmac.compare_digest(
+        claimed.encode(), _proof(key, *said).encode()
+    )
+
+
+def _send(stream: Stream, message: dict[str, Any], deadline: Deadline) -> None:
+    data = json.dumps(message).encode()
+    stream.send([LENGTH.pack(len(data)), data], deadline)
+
+
+def _recv(stream: Stream, deadline: Deadline) -> dict[str, Any]:
+    header = bytearray(LENGTH.size)
+    stream.recv_into(header, deadline)
+    data = bytearray(LENGTH.unpack(header)[0])
+    stream.recv_into(data, deadline)
+    try:
+        message = json.loads(data)
+    except (ValueError, RecursionError) as exc:
+        raise Rejected(f"{stream.peer} does not speak luna-mp's protocol") from exc
+    if not isinstance(message, dict):
+        raise Rejected(f"{stream.peer} does not speak luna-mp's protocol")
+    if "refused" in message:
+        _raise_refusal(message)
+    return message
+
+
+def _raise_refusal(message: dict[str, Any]) -> NoReturn:
+    kinds = {"WrongKey": WrongKey, "WrongVersion": WrongVersion}
+    kind = kinds.get(str(message.get("kind")), Rejected)
+    raise kind(f"refused by the service: {message['refused']!s:.500}")
+
+
+@cache
+def _boot_id() -> str:
+    """Tells two boots, and so two hosts, apart; containers of one host share it."""
+    if sys.platform == "linux":
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return file.read().strip()
+    return f"{uuid.getnode():x}-{psutil.boot_time():.0f}"

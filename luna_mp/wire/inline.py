@@ -1,0 +1,29 @@
+"""Carrier for TCP, and for small tensors everywhere: the bytes follow the message."""
+
+from __future__ import annotations
+
+import torch
+
+from luna_mp.wire import layout
+from luna_mp.wire.carrier import Carrier, Incoming, Outgoing, Token
+
+__all__ = ("InlineCarrier",)
+
+
+class InlineCarrier(Carrier):
+    """Sends from the tensor's own memory and receives into the result's: no copy between."""
+
+    name = "inline"
+
+    def pack(self, tensor: torch.Tensor, out: Outgoing) -> Token:
+        how, run = layout.flatten(tensor)
+        run = run.cpu()
+        out.parts.append(layout.memory_of(run))
+        out.kept.append(run)
+        return tuple(how)
+
+    def unpack(self, token: Token, source: Incoming) -> torch.Tensor:
+        how = layout.parse(token, source.limit)
+        run = torch.empty(how.nbytes, dtype=torch.uint8)
+        source.read_into(layout.memory_of(run))
+        return layout.restore(how, run)

@@ -1,0 +1,132 @@
+"""How a tensor lies in memory, apart from where: what crosses beside its bytes.
+
+Strides are data: the same values in another order in memory make convolutions pick other kernels,
+and so other bits. A tensor is sent as one run of memory and put together again over that run.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import NamedTuple
+
+import torch
+
+from luna_mp.errors import Rejected, Unsendable
+
+__all__ = ("Layout", "flatten", "memory_of", "restore")
+
+MAX_DIMS = 64  # torch's own limit
+
+# Quantized dtypes need a quantizer beside their bytes, which no model returns any more.
+DTYPES: dict[str, torch.dtype] = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in vars(torch).values()
+    if isinstance(dtype, torch.dtype) and not str(dtype).startswith("torch.q")
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class Layout(NamedTuple):
+    """`is_packed`: the run holds each element once, in row-major order, whatever the strides.
+
+    Otherwise the run is the memory from the first element to the last, as it lay.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    is_packed: bool
+
+    @property
+    def itemsize(self) -> int:
+        return DTYPES[self.dtype].itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the run that crosses."""
+        shape = _without_repeats(self.shape, self.stride) if self.is_packed else None
+        return (_product(shape) if shape is not None else self.span) * self.itemsize
+
+    @property
+    def span(self) -> int:
+        """Elements from the first to the last in memory, gaps included."""
+        if 0 in self.shape:
+            return 0
+        return 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
+
+
+def flatten(tensor: torch.Tensor) -> tuple[Layout, torch.Tensor]:
+    """Layout and the run to send: uint8 [nbytes] on the tensor's device, a view where possible."""
+    _check_sendable(tensor)
+    tensor = tensor.detach().resolve_conj().resolve_neg()
+    stride = tuple(tensor.stride())
+    layout = Layout(_NAMES[tensor.dtype], tuple(tensor.shape), stride, is_packed=False)
+    if layout.span <= tensor.numel():
+        run = tensor.as_strided((layout.span,), (1,), tensor.storage_offset())
+        return layout, run.view(torch.uint8)
+    # A view with gaps: what lies in the gaps is nobody's business, and may be large.
+    layout = layout._replace(is_packed=True)
+    once = tensor.as_strided(_without_repeats(layout.shape, stride), stride)
+    return layout, once.reshape(-1).view(torch.uint8)
+
+
+def restore(layout: Layout, run: torch.Tensor) -> torch.Tensor:
+    """The tensor again, over `run` (uint8 [layout.nbytes]) or, if packed, over fresh memory."""
+    values = run.view(DTYPES[layout.dtype])
+    if not layout.is_packed:
+        return values.as_strided(layout.shape, layout.stride)
+    shape = _without_repeats(layout.shape, layout.stride)
+    once = torch.empty_strided(shape, layout.stride, dtype=values.dtype, device=values.device)
+    once.copy_(values.view(shape))
+    return once.as_strided(layout.shape, layout.stride)
+
+
+def parse(token: tuple[object, ...], limit: int) -> Layout:
+    """Check a layout that a peer sent; `limit` is the most bytes it may describe."""
+    match token:
+        case (str(dtype), tuple(shape), tuple(stride), bool(is_packed)):
+            layout = Layout(dtype, shape, stride, is_packed)
+        case _:
+            raise Rejected(f"a tensor's description is malformed: {str(token)[:200]}")
+    numbers = (*shape, *stride)
+    if (
+        dtype not in DTYPES
+        or len(shape) != len(stride)
+        or len(shape) > MAX_DIMS
+        or not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers)
+    ):
+        raise Rejected(f"a tensor's description is impossible: {str(token)[:200]}")
+    largest = max(layout.span, layout.nbytes // layout.itemsize) * layout.itemsize
+    if largest > limit:
+        raise Rejected(f"a tensor of {largest} bytes is over the limit of {limit} bytes a message")
+    return layout
+
+
+def memory_of(run: torch.Tensor) -> memoryview:
+    """The bytes of a CPU uint8 run, without a copy; valid as long as `run` is kept."""
+    if not run.numel():
+        return memoryview(b"")
+    return memoryview((ctypes.c_ubyte * run.numel()).from_address(run.data_ptr())).cast("B")
+
+
+def _check_sendable(tensor: torch.Tensor) -> None:
+    kind = type(tensor)
+    if kind not in (torch.Tensor, torch.nn.Parameter):
+        raise Unsendable(f"a tensor of class {kind.__name__}: convert it to a plain torch.Tensor")
+    if tensor.layout is not torch.strided or tensor.dtype not in _NAMES or tensor.is_meta:
+        raise Unsendable(
+            f"a tensor of layout {tensor.layout}, {tensor.dtype} on {tensor.device}: "
+            "only dense tensors with memory can be sent"
+        )
+
+
+def _without_repeats(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape with expanded (stride 0) dimensions down to one element, or none if empty."""
+    return tuple(min(n, 1) if step == 0 else n for n, step in zip(shape, stride, strict=True))
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    total = 1
+    for n in shape:
+        total *= n
+    return total

@@ -1,0 +1,220 @@
+"""Carrier for one host: shared memory that both ends map, kept and used again.
+
+A segment belongs to one direction of one connection. Its first page holds one word, the rest the
+tensor's run:
+
+    | state: 0 free, 1 lent | …page… | run of at most `capacity` bytes |
+
+The sender takes a free segment, sets the word, writes the run and sends the segment's number. The
+receiver's tensor lies over the mapping; when its memory is let go, the receiver clears the word.
+Only the sender sets it and only the receiver clears it, so no message and no lock is needed.
+
+Segments have no name in any file system: Linux passes a sealed memfd beside the message that uses
+it first, Windows shares a section object that ends with its last handle. So nothing is left behind,
+whichever end is killed.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import secrets
+import sys
+import weakref
+
+import torch
+
+from luna_mp.errors import Rejected
+from luna_mp.wire import layout
+from luna_mp.wire.carrier import Carrier, Incoming, NoRoom, Outgoing, Token
+
+__all__ = ("MAX_SEGMENT_BYTES", "ShmCarrier", "is_supported")
+
+HEADER = mmap.PAGESIZE  # keeps the run page-aligned, as pinning wants it
+SMALLEST = 1 << 20
+MAX_SEGMENT_BYTES = 4 << 30  # held by one direction of one connection
+MAX_SEGMENTS = 64  # likewise; each costs a descriptor at both ends
+IDLE_ROUNDS = 64  # a free segment that many tensors did not want is given back
+
+FREE, LENT = b"\0", b"\1"
+
+
+def is_supported() -> bool:
+    return hasattr(os, "memfd_create") or sys.platform == "win32"
+
+
+class ShmCarrier(Carrier):
+    """Both directions of one connection. `pin` registers the memory with CUDA, for fast copies."""
+
+    name = "shm"
+
+    def __init__(self, pin: bool = False) -> None:
+        self._pin = pin
+        self._mine: dict[int, _Segment] = {}
+        self._theirs: dict[int, _Segment] = {}
+        self._dropped: list[int] = []
+        self._round = 0
+        self._next = 0
+
+    def pack(self, tensor: torch.Tensor, out: Outgoing) -> Token:
+        how, run = layout.flatten(tensor)
+        number, segment = self._take(run.numel(), out)
+        segment.set_state(LENT)
+        out.undo.append(lambda: segment.set_state(FREE))
+        segment.run(run.numel()).copy_(run)
+        dropped, self._dropped = tuple(self._dropped), []
+        out.undo.append(lambda: self._dropped.extend(dropped))
+        return (number, segment.capacity, segment.name, dropped, *how)
+
+    def unpack(self, token: Token, source: Incoming) -> torch.Tensor:
+        match token:
+            case (int(number), int(capacity), str(name), tuple(dropped), *how):
+                parsed = layout.parse(tuple(how), source.limit)
+            case _:
+                raise Rejected(f"a shared tensor's token is malformed: {str(token)[:200]}")
+        for old in dropped:
+            self._theirs.pop(old, None)
+        segment = self._theirs.get(number)
+        if segment is None:
+            if len(self._theirs) >= MAX_SEGMENTS or not 0 < capacity <= source.limit * 2:
+                raise Rejected(f"segment {number} of {capacity} bytes is over the limit")
+            segment = self._theirs[number] = _attach(name, capacity, source, self._pin)
+        if parsed.nbytes > segment.capacity:
+            raise Rejected(f"{parsed.nbytes} bytes in a segment of {segment.capacity} bytes")
+        return layout.restore(parsed, segment.lend(parsed.nbytes))
+
+    def close(self) -> None:
+        self._mine.clear()
+        self._theirs.clear()
+
+    def _take(self, nbytes: int, out: Outgoing) -> tuple[int, _Segment]:
+        """The smallest free segment that holds `nbytes`, or a new one."""
+        self._round += 1
+        free = {number: s for number, s in self._mine.items() if s.is_free}
+        fitting = [(s.capacity, number) for number, s in free.items() if s.capacity >= nbytes]
+        if fitting:
+            number = min(fitting)[1]
+            segment = self._mine[number]
+            segment.last_round = self._round
+            self._drop([n for n in free if n != number and self._is_stale(free[n])])
+            return number, segment
+        capacity = _rounded_up(nbytes)
+        if self._is_over(capacity):
+            self._drop(list(free))
+        if self._is_over(capacity):
+            raise NoRoom(f"{len(self._mine)} segments are lent to the peer")
+        return self._create(capacity, out)
+
+    def _create(self, capacity: int, out: Outgoing) -> tuple[int, _Segment]:
+        segment, fd = _create(capacity, self._pin)
+        self._next += 1
+        number = self._next
+        self._mine[number] = segment
+        segment.last_round = self._round
+        # If the message never leaves, the peer never learns of the segment.
+        out.undo.append(lambda: self._mine.__delitem__(number))
+        if fd >= 0:
+            out.fds.append(fd)
+            out.kept.append(_Descriptor(fd))
+        return number, segment
+
+    def _is_stale(self, segment: _Segment) -> bool:
+        return self._round - segment.last_round > IDLE_ROUNDS
+
+    def _is_over(self, capacity: int) -> bool:
+        held = sum(s.capacity for s in self._mine.values())
+        return held + capacity > MAX_SEGMENT_BYTES or len(self._mine) >= MAX_SEGMENTS
+
+    def _drop(self, numbers: list[int]) -> None:
+        for number in numbers:
+            del self._mine[number]
+        self._dropped += numbers
+
+
+class _Segment:
+    """One mapping, of this process; it ends when nothing refers to it, tensors included."""
+
+    def __init__(self, memory: mmap.mmap, name: str, pin: bool) -> None:
+        self._memory = memory
+        self.name = name
+        self.capacity = len(memory) - HEADER
+        self.last_round = 0
+        if pin:
+            _pin(self)
+
+    @property
+    def is_free(self) -> bool:
+        return self._memory[0:1] == FREE
+
+    def set_state(self, state: bytes) -> None:
+        self._memory[0:1] = state
+
+    def run(self, nbytes: int) -> torch.Tensor:
+        """The first bytes of the run, uint8 [nbytes]."""
+        if not nbytes:
+            return torch.empty(0, dtype=torch.uint8)
+        return torch.frombuffer(self._memory, dtype=torch.uint8, count=nbytes, offset=HEADER)
+
+    def lend(self, nbytes: int) -> torch.Tensor:
+        """Like `run`, and the state is cleared once no tensor uses this memory any more."""
+        loan = memoryview(self._memory)[HEADER : HEADER + max(nbytes, 1)]
+        weakref.finalize(loan, self.set_state, FREE).atexit = False
+        return torch.frombuffer(loan, dtype=torch.uint8)[:nbytes]
+
+
+class _Descriptor:
+    """Owns a descriptor until the message that carries it has left."""
+
+    def __init__(self, fd: int) -> None:
+        self._finalizer = weakref.finalize(self, os.close, fd)
+
+
+def _rounded_up(nbytes: int) -> int:
+    """At most a quarter more, so that tensors of nearly one size share segments."""
+    step = max(SMALLEST, 1 << max(nbytes.bit_length() - 3, 0))
+    return max(-(-nbytes // step), 1) * step
+
+
+def _create(capacity: int, pin: bool) -> tuple[_Segment, int]:
+    """A segment and the descriptor to send, or -1 where a name does that work."""
+    size = capacity + HEADER
+    if sys.platform == "win32":
+        name = f"luna-mp-{secrets.token_hex(16)}"
+        return _Segment(mmap.mmap(-1, size, tagname=name), name, pin), -1
+    import fcntl
+
+    fd = os.memfd_create("luna-mp", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        # Without this a full machine kills with SIGBUS whoever writes first.
+        os.posix_fallocate(fd, 0, size)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+        return _Segment(mmap.mmap(fd, size), "", pin), fd
+    except OSError as exc:
+        os.close(fd)
+        raise NoRoom(f"no shared memory for {size} bytes: {exc.strerror}") from exc
+
+
+def _attach(name: str, capacity: int, source: Incoming, pin: bool) -> _Segment:
+    size = capacity + HEADER
+    if sys.platform == "win32":
+        return _Segment(mmap.mmap(-1, size, tagname=name), name, pin)
+    import fcntl
+
+    fd = source.take_fd()
+    try:
+        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+        if not seals & fcntl.F_SEAL_SHRINK or os.fstat(fd).st_size != size:
+            raise Rejected(f"a shared segment of {size} bytes is not what its sender says")
+        return _Segment(mmap.mmap(fd, size), name, pin)
+    except OSError as exc:
+        raise Rejected(f"a shared segment of {size} bytes cannot be mapped: {exc}") from exc
+    finally:
+        os.close(fd)
+
+
+def _pin(segment: _Segment) -> None:
+    """Register with CUDA, so that copies from and to the GPU run at the full rate of the bus."""
+    cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    address = segment.run(1).data_ptr()
+    if int(cudart.cudaHostRegister(address, segment.capacity, 0)) == 0:
+        weakref.finalize(segment, cudart.cudaHostUnregister, address).atexit = False
