@@ -9,6 +9,7 @@ __all__ = ("DEFAULT_PORTS", "ServeConfig", "ServiceConfig")
 
 Role = Literal["clip", "vae"]
 
+ROLES: tuple[Role, ...] = ("clip", "vae")
 DEFAULT_PORTS: dict[Role, int] = {"clip": 19283, "vae": 19284}
 
 
@@ -40,6 +41,8 @@ class ServiceConfig:
     max_models: int = 4
     #: bytes of conditioning that the CLIP service remembers
     cache_bytes: int = 256 << 20
+    #: seconds that running calls get to finish at a stop
+    grace: float = 10.0
     log_level: str = "INFO"
 
 

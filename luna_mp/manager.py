@@ -25,7 +25,7 @@ from luna_mp.wire import handshake, probe, stream
 from luna_mp.wire.channel import Channel
 from luna_mp.wire.stream import Stream
 
-__all__ = ("Call", "LocalManager", "RemoteManager", "Server")
+__all__ = ("Call", "LocalManager", "Manager", "RemoteManager", "Server")
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +95,7 @@ class Server(managers.Server):
     """
 
     listener: _Listener
+    address: str | tuple[str, int]
     # The stock server lets any peer read a referent, create, count and shut down.
     public: list[str] = []
     fallback_mapping: dict[str, Any] = {}
@@ -109,14 +110,14 @@ class Server(managers.Server):
         max_message: int,
         pin: bool,
     ) -> None:
-        super().__init__({}, address, authkey, "luna")  # type: ignore[call-arg]
+        super().__init__({}, address, authkey, "luna")
         self.name = name
         self._key = bytes(authkey)
         self._exposed = exposed
         self._sessions = sessions
         self._max_message = max_message
         self._pin = pin
-        self._identity = handshake.identity()
+        self._identity = handshake.identity("", max_message)
         self._stop = threading.Event()
         self._threads: dict[threading.Thread, Stream] = {}
         self._busy: set[threading.Thread] = set()
@@ -124,9 +125,9 @@ class Server(managers.Server):
         self._idle = threading.Condition()
 
     def __repr__(self) -> str:
-        return f"<Server {self.name} at {self.address}, {len(self._threads)} connections>"
+        return f"<Server {self.name} at {self.address!r}, {len(self._threads)} connections>"
 
-    def serve_forever(self) -> None:  # type: ignore[override]
+    def serve_forever(self) -> None:
         """Accept until `stop`."""
         while not self._stop.is_set():
             try:
@@ -145,10 +146,10 @@ class Server(managers.Server):
         self._stop.set()
         with self._idle:
             self._idle.wait_for(lambda: not self._busy, timeout=grace)
-            streams = list(self._threads.items())
-        for thread, open_stream in streams:
+            left = dict(self._threads)
+        for open_stream in left.values():
             open_stream.wake()
-        for thread, _ in streams:
+        for thread in left:
             thread.join(timeout=1.0)
 
     def _admit(self, accepted: Stream) -> None:
@@ -223,7 +224,10 @@ class Server(managers.Server):
     def _reply(self, channel: Channel, session: Session, request: dict[str, Any]) -> dict[str, Any]:
         try:
             if "method" not in request:
-                return probe.answer(channel, session, self._sessions, request, self._pin)
+                reply = probe.answer(channel, request, self._pin)
+                if "use" in request:
+                    self._sessions.agree(session, channel.carrier, request["reason"])
+                return reply
             result = self._call(channel, session, request)
         except Exception as exc:  # the one boundary: what a worker raises becomes data
             self._sessions.count(session, failed=True)
@@ -257,7 +261,7 @@ def _failure(exc: Exception) -> dict[str, Any]:
     return {"error": text, "kind": type(exc).__name__, "traceback": trace}
 
 
-class _Manager(managers.BaseManager):
+class Manager(managers.BaseManager):
     """A `BaseManager` whose server is ours; `get_server` is all that a service needs of it."""
 
     def __init__(
@@ -278,7 +282,7 @@ class _Manager(managers.BaseManager):
         return self._make()
 
 
-class LocalManager(_Manager):
+class LocalManager(Manager):
     """For this user on this machine: a Unix socket in a directory that only the user can enter."""
 
     def get_server(self) -> Server:
@@ -292,5 +296,5 @@ class LocalManager(_Manager):
         return super().get_server()
 
 
-class RemoteManager(_Manager):
+class RemoteManager(Manager):
     """For other hosts: TCP, tensors as bytes beside the message."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ("ClipModel", "Conditioning", "ModelSpec", "VaeModel")
+__all__ = ("ClipModel", "Conditioning", "Model", "ModelSpec", "VaeModel")
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,18 @@ class Conditioning(NamedTuple):
     extras: dict[str, Any]
 
 
-class VaeModel(ABC):
+class Model(ABC):
+    """What every model has: weights in one dtype on one device."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    @abstractmethod
+    def weight_bytes(self) -> int:
+        """Bytes that the weights take on the device."""
+
+
+class VaeModel(Model):
     """An autoencoder on its device. Callers hold `torch.inference_mode()` and a lock.
 
     Latents are as the autoencoder takes them, unscaled, [B, latent_channels, *spatial];
@@ -48,8 +59,6 @@ class VaeModel(ABC):
     Both may lie on any device and in any floating dtype; results lie on `device`.
     """
 
-    device: torch.device
-    dtype: torch.dtype
     latent_channels: int
     image_channels: int
     spatial_dims: int
@@ -72,16 +81,9 @@ class VaeModel(ABC):
     def encode_tiled(self, image: torch.Tensor) -> torch.Tensor:
         """Like `encode` in overlapping tiles: less memory, other bits."""
 
-    @abstractmethod
-    def weight_bytes(self) -> int:
-        """Bytes that the weights take on the device."""
 
-
-class ClipModel(ABC):
+class ClipModel(Model):
     """One text encoder, or several that make one conditioning. Callers hold inference mode."""
-
-    device: torch.device
-    dtype: torch.dtype
 
     @abstractmethod
     def tokenize(self, text: str) -> dict[str, list[int]]:
@@ -90,7 +92,3 @@ class ClipModel(ABC):
     @abstractmethod
     def encode(self, text: str) -> Conditioning:
         """Conditioning of one prompt, on `device`; an empty prompt is a prompt."""
-
-    @abstractmethod
-    def weight_bytes(self) -> int:
-        """Bytes that the weights take on the device."""

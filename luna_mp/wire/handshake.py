@@ -57,16 +57,19 @@ class Identity:
     gpus: tuple[str, ...]
     #: torch's CUDA allocator, or "" where CUDA is not in use
     allocator: str
+    #: most bytes of one message that this end takes
+    max_message: int
 
     @classmethod
     def from_data(cls, data: Any) -> Identity:
         try:
-            return cls(**{**data, "gpus": tuple(data["gpus"]), "pid": int(data["pid"])})
+            numbers = {name: int(data[name]) for name in ("pid", "max_message")}
+            return cls(**{**data, **numbers, "gpus": tuple(data["gpus"])})
         except (TypeError, KeyError, ValueError) as exc:
             raise Rejected(f"an identity is malformed: {data!r:.200}") from exc
 
 
-def identity(client_id: str = "") -> Identity:
+def identity(client_id: str, max_message: int) -> Identity:
     """Describe this process; `client_id` is made up when not given."""
     import torch
 
@@ -85,6 +88,7 @@ def identity(client_id: str = "") -> Identity:
         torch=torch.__version__,
         gpus=gpus,
         allocator=allocator,
+        max_message=max_message,
     )
 
 

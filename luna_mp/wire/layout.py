@@ -67,7 +67,7 @@ def flatten(tensor: torch.Tensor) -> tuple[Layout, torch.Tensor]:
     # A view with gaps: what lies in the gaps is nobody's business, and may be large.
     layout = layout._replace(is_packed=True)
     once = tensor.as_strided(_without_repeats(layout.shape, stride), stride)
-    return layout, once.reshape(-1).view(torch.uint8)
+    return layout, once.contiguous().view(-1).view(torch.uint8)
 
 
 def restore(layout: Layout, run: torch.Tensor) -> torch.Tensor:

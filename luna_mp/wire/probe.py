@@ -17,7 +17,6 @@ import torch
 
 from luna_mp.deadline import Deadline
 from luna_mp.errors import Rejected
-from luna_mp.sessions import Session, Sessions
 from luna_mp.wire import shm
 from luna_mp.wire.carrier import Carrier
 from luna_mp.wire.channel import INLINE_BELOW, Channel
@@ -64,19 +63,16 @@ def _try(channel: Channel, carrier: Carrier) -> str:
     return ""
 
 
-def answer(
-    channel: Channel, session: Session, sessions: Sessions, request: dict[str, Any], pin: bool
-) -> dict[str, Any]:
-    """The service's reply to a message that is no call: `prepare`, `probe` or `use`."""
+def answer(channel: Channel, request: dict[str, Any], pin: bool) -> dict[str, Any]:
+    """The service's reply to a message that is no call; `pin`: shared memory for CUDA copies."""
     match request:
         case {"prepare": "shm"} if channel.stream.is_local:
             channel.use(shm.ShmCarrier(pin))
         case {"probe": str(), "tensor": torch.Tensor() as tensor}:
             return {"tensor": ~tensor}
-        case {"use": str(name), "reason": str(reason)}:
+        case {"use": str(name), "reason": str()}:
             if name == "inline":
                 channel.demote()
-            sessions.agree(session, channel.carrier, reason)
         case _:
             raise Rejected(f"a message is neither call nor probe: {sorted(map(str, request))}")
     return {}

@@ -214,7 +214,7 @@ def _attach(name: str, capacity: int, source: Incoming, pin: bool) -> _Segment:
 
 def _pin(segment: _Segment) -> None:
     """Register with CUDA, so that copies from and to the GPU run at the full rate of the bus."""
-    cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    cudart = torch.cuda.cudart()
     address = segment.run(1).data_ptr()
     if int(cudart.cudaHostRegister(address, segment.capacity, 0)) == 0:
         weakref.finalize(segment, cudart.cudaHostUnregister, address).atexit = False

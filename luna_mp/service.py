@@ -1,0 +1,189 @@
+"""One service process: load the models, open both managers, serve until told to stop.
+
+Run as `python -m luna_mp.service` by the supervisor. Standard input brings the `ServiceConfig` as
+one line of JSON and then stays open: its end means that the owner is gone or wants an end, so no
+service outlives its supervisor. Standard output carries one line of JSON, `{"ready": …}` or
+`{"failed": text}`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+
+from luna_mp import runtime
+from luna_mp.config import ServiceConfig
+from luna_mp.errors import LunaError
+from luna_mp.manager import LocalManager, Manager, RemoteManager, Server
+from luna_mp.models.base import ModelSpec
+from luna_mp.models.library import Library
+from luna_mp.sessions import Sessions
+from luna_mp.wire import stream
+from luna_mp.workers.clip import ClipWorker
+from luna_mp.workers.queue import Call
+from luna_mp.workers.vae import VaeWorker
+from luna_mp.workers.worker import Worker
+
+__all__ = ("Service", "main")
+
+logger = logging.getLogger(__name__)
+
+STARTUP_FAILURE = 3  # exit status: the supervisor gives up instead of trying again
+STOP_SECONDS = 0.5  # between two looks at whether to stop, for signals on Windows
+
+
+class Service:
+    """Joins one worker to its two managers. Owns both servers, their threads and the record."""
+
+    def __init__(self, config: ServiceConfig) -> None:
+        """Load the models. Raises `LunaError`; nothing listens yet."""
+        self._config = config
+        self._directory = runtime.runtime_dir(config.runtime_dir)
+        self._key = runtime.authkey(config.authkey_file, self._directory)
+        # A port that is taken is told at once, not after minutes of loading.
+        stream.listen((config.host, config.port)).close()
+        self.is_stopping = threading.Event()
+        self._started = time.time()
+        self._sessions = Sessions()
+        self._worker = _build(config)
+        self._servers: list[Server] = []
+        self._threads: list[threading.Thread] = []
+
+    def __repr__(self) -> str:
+        return f"<Service {self._config.role} on {self._worker.device}: {self._servers}>"
+
+    def start(self) -> dict[str, Any]:
+        """Listen; returns what `ready` says, which is also the instance's record."""
+        calls = {**self._worker.calls(), "status": self._status}
+        remote = self._serve(RemoteManager, (self._config.host, self._config.port), calls)
+        host, port = remote.address  # type: ignore[misc]
+        path = ""
+        if hasattr(socket, "AF_UNIX"):
+            path = str(runtime.socket_path(self._directory, self._config.role, port))
+            control = {"stop": self._stop, "unload": self._worker.unload}
+            self._serve(LocalManager, path, {**calls, **control})
+        record = {
+            "role": self._config.role,
+            "pid": os.getpid(),
+            "created": psutil.Process().create_time(),
+            "socket": path,
+            "host": host,
+            "port": port,
+            "started": self._started,
+        }
+        runtime.write_record(self._directory, self._config.role, port, record)
+        return {**record, "device": str(self._worker.device), "models": self._models()}
+
+    def close(self, grace: float) -> None:
+        """End both servers; calls under way get `grace` seconds."""
+        end = time.monotonic() + grace
+        runtime.remove_record(self._directory, self._config.role, self._servers[0].address[1])
+        for server in self._servers:
+            server.stop(max(end - time.monotonic(), 0.0))
+        for thread in self._threads:
+            thread.join()
+
+    def _serve(self, manager: type[Manager], address: Any, calls: dict[str, Any]) -> Server:
+        config = self._config
+        pin = self._worker.device.type == "cuda"
+        server = manager(
+            config.role, calls, address, self._key, self._sessions, config.max_message, pin
+        ).get_server()
+        thread = threading.Thread(target=server.serve_forever, name=repr(server), daemon=True)
+        thread.start()
+        self._servers.append(server)
+        self._threads.append(thread)
+        return server
+
+    def _models(self) -> list[dict[str, Any]]:
+        models: list[dict[str, Any]] = self._worker.library.to_data()
+        return models
+
+    def _status(self, call: Call) -> dict[str, Any]:
+        return {
+            "role": self._config.role,
+            "pid": os.getpid(),
+            "uptime": time.time() - self._started,
+            "addresses": [str(server.address) for server in self._servers],
+            "rss": psutil.Process().memory_info().rss,
+            **self._worker.status(call),
+            **self._sessions.to_data(),
+        }
+
+    def _stop(self, call: Call) -> None:
+        logger.info("client %s asked for an end", call.client[:8])
+        self.is_stopping.set()
+
+
+def _build(config: ServiceConfig) -> Worker[Any]:
+    """The worker with its default model loaded. Raises `BadModel`, `BadConfig`, `OutOfMemory`."""
+    from luna_mp.devices import claim
+    from luna_mp.models import load_clip, load_vae
+
+    device = claim(config.device)
+    default = ModelSpec(config.models, config.type, config.dtype)
+    options = (default, config.allow, config.max_models)
+    if config.role == "clip":
+        clips = Library(lambda spec: load_clip(spec, str(device), config.comfyui), *options)
+        return ClipWorker(clips, config.cache_bytes)
+    return VaeWorker(Library(lambda spec: load_vae(spec, str(device), config.comfyui), *options))
+
+
+def main() -> int:
+    """Serve until standard input ends, a signal comes or a client asks; returns the exit status."""
+    say = _private_stdout()
+    config = ServiceConfig.from_json(sys.stdin.buffer.readline().decode())
+    logging.basicConfig(
+        level=config.log_level,
+        format=f"%(asctime)s {config.role} %(levelname)s %(message)s",
+        stream=sys.stderr,
+    )
+    try:
+        service = Service(config)
+        ready = service.start()
+    except Exception as exc:  # whatever a loader raises is the reason why there is no service
+        logger.debug("start failed", exc_info=True)
+        say({"failed": str(exc) if isinstance(exc, LunaError) else f"{type(exc).__name__}: {exc}"})
+        return STARTUP_FAILURE
+    say({"ready": ready})
+    logger.info("%r is ready after %.1f s", service, time.time() - ready["started"])
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, lambda *_: service.is_stopping.set())
+    threading.Thread(target=_watch_owner, args=(service.is_stopping,), daemon=True).start()
+    while not service.is_stopping.wait(STOP_SECONDS):
+        pass
+    service.close(config.grace)
+    logger.info("%s service has stopped", config.role)
+    return 0
+
+
+def _private_stdout() -> Callable[[dict[str, Any]], None]:
+    """Keep standard output for our own line; what libraries print goes to standard error."""
+    private = os.dup(1)
+    os.dup2(2, 1)
+
+    def say(message: dict[str, Any]) -> None:
+        os.write(private, json.dumps(message).encode() + b"\n")
+        os.close(private)
+
+    return say
+
+
+def _watch_owner(is_stopping: threading.Event) -> None:
+    while os.read(0, 4096):
+        pass
+    is_stopping.set()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,36 @@
+"""What to do when a model does not fit: recognise it, let go, say so."""
+
+from __future__ import annotations
+
+import gc
+
+import torch
+
+__all__ = ("free", "is_out_of_memory", "used")
+
+
+def is_out_of_memory(exc: BaseException) -> bool:
+    """True for CUDA's error and for the CPU allocator's, which has no class of its own."""
+    if isinstance(exc, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(exc, RuntimeError) and "DefaultCPUAllocator" in str(exc)
+
+
+def free(device: torch.device) -> None:
+    """Give cached memory back, so that the next try finds all there is."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def used(device: torch.device) -> dict[str, int]:
+    """Bytes for `status`: this process's tensors, their peak, and what the card has left."""
+    if device.type != "cuda":
+        return {}
+    left, total = torch.cuda.mem_get_info(device)
+    return {
+        "allocated": torch.cuda.memory_allocated(device),
+        "peak": torch.cuda.max_memory_allocated(device),
+        "free": left,
+        "total": total,
+    }

@@ -1,0 +1,133 @@
+"""One at a time, first come first served: the lock under which a service uses its models.
+
+Calls run on the thread of their connection, so handing over costs nothing; what is in line is a
+ticket. The first in line runs, and whoever leaves wakes the next.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+from luna_mp.errors import Broken
+
+__all__ = ("Call", "SingleFlight")
+
+LOOK_SECONDS = 0.1  # between two looks at whether a waiting client is still there
+REMEMBERED = 256  # finished calls that `status` lists
+
+
+class Call(Protocol):
+    """What a worker needs to know of the request under way."""
+
+    client: str
+    method: str
+
+    def is_abandoned(self) -> bool:
+        """True once nobody waits for the result."""
+
+
+@dataclass
+class _Ticket:
+    """One call in line; times are of the monotonic clock, in seconds."""
+
+    client: str
+    method: str
+    arrived: float = field(default_factory=time.monotonic)
+    started: float = 0.0
+    finished: float = 0.0
+    is_first: threading.Event = field(default_factory=threading.Event)
+
+    def to_data(self) -> dict[str, Any]:
+        return {
+            "client": self.client,
+            "method": self.method,
+            "arrived": self.arrived,
+            "started": self.started,
+            "finished": self.finished,
+        }
+
+
+@dataclass
+class _Totals:
+    """Of one method, since the service started."""
+
+    calls: int = 0
+    run_seconds: float = 0.0
+    wait_seconds: float = 0.0
+
+
+class SingleFlight:
+    """A lock that is fair, that a caller can leave while it waits, and that keeps the figures."""
+
+    def __init__(self) -> None:
+        self._mutex = threading.Lock()
+        self._line: deque[_Ticket] = deque()
+        self._recent: deque[_Ticket] = deque(maxlen=REMEMBERED)
+        self._totals: defaultdict[str, _Totals] = defaultdict(_Totals)
+        self._dropped = 0
+
+    def __repr__(self) -> str:
+        served = sum(total.calls for total in self._totals.values())
+        return f"<SingleFlight {len(self._line)} in line, {served} served>"
+
+    @contextmanager
+    def turn(self, call: Call) -> Iterator[None]:
+        """Wait for all that came before, then hold the lock.
+
+        Raises `Broken`, without having run, when the client leaves or its deadline passes first.
+        """
+        ticket = self._enter(call)
+        try:
+            while not ticket.is_first.wait(LOOK_SECONDS):
+                self._check(call)
+            self._check(call)
+            ticket.started = time.monotonic()
+            yield
+        finally:
+            self._leave(ticket)
+
+    def _enter(self, call: Call) -> _Ticket:
+        ticket = _Ticket(call.client, call.method)
+        with self._mutex:
+            self._line.append(ticket)
+            self._line[0].is_first.set()
+        return ticket
+
+    def _check(self, call: Call) -> None:
+        if call.is_abandoned():
+            raise Broken(f"{call.method} was dropped before it ran: nobody waits for it any more")
+
+    def _leave(self, ticket: _Ticket) -> None:
+        with self._mutex:
+            self._line.remove(ticket)
+            if self._line:
+                self._line[0].is_first.set()
+            if not ticket.started:
+                self._dropped += 1
+                return
+            ticket.finished = time.monotonic()
+            self._recent.append(ticket)
+            total = self._totals[ticket.method]
+            total.calls += 1
+            total.run_seconds += ticket.finished - ticket.started
+            total.wait_seconds += ticket.started - ticket.arrived
+
+    def to_data(self) -> dict[str, Any]:
+        """Figures for `status`; seconds, and the calls in line with the one that runs first."""
+        now = time.monotonic()
+        with self._mutex:
+            line = list(self._line)
+            return {
+                "now": now,
+                "line": [{**t.to_data(), "waiting": now - t.arrived} for t in line],
+                "depth": max(len(line) - 1, 0),
+                "dropped": self._dropped,
+                "methods": {name: asdict(total) for name, total in self._totals.items()},
+                "recent": [ticket.to_data() for ticket in self._recent],
+            }

@@ -1,0 +1,63 @@
+"""What the CLIP and the VAE worker have in common: a library of models under one fair lock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Generic
+
+import torch
+
+from luna_mp.errors import Rejected
+from luna_mp.models.library import Key, Library, M
+from luna_mp.workers import memory
+from luna_mp.workers.queue import Call, SingleFlight
+
+__all__ = ("Worker",)
+
+
+class Worker(Generic[M]):
+    """Every exposed method takes the call first; results are data and tensors."""
+
+    def __init__(self, library: Library[M]) -> None:
+        self.library = library
+        self.flight = SingleFlight()
+
+    @property
+    def device(self) -> torch.device:
+        return self.library.default.device
+
+    def calls(self) -> dict[str, Callable[..., Any]]:
+        """The methods that every authenticated client may call."""
+        return {"load": self.load, "status": self.status}
+
+    def load(self, call: Call, model: dict[str, Any]) -> dict[str, Any]:
+        """Load a model from an allowed directory ahead of its first use."""
+        with self._using(call, model) as (_, loaded):
+            return {"dtype": str(loaded.dtype), "bytes": loaded.weight_bytes()}
+
+    def unload(self, call: Call, model: dict[str, Any]) -> bool:
+        """Let go of a model that a client loaded; False when it was not there."""
+        with self.flight.turn(call):
+            was_there = self.library.unload(model)
+            memory.free(self.device)
+            return was_there
+
+    def status(self, call: Call) -> dict[str, Any]:
+        """Queue, models and memory; waits for nobody."""
+        return {
+            "device": str(self.device),
+            "queue": self.flight.to_data(),
+            "models": self.library.to_data(),
+            "memory": memory.used(self.device),
+        }
+
+    @contextmanager
+    def _using(self, call: Call, wanted: dict[str, Any] | None) -> Iterator[tuple[Key, M]]:
+        """Hold the lock, inference mode and the device, each of which belongs to this thread."""
+        if wanted is not None and not isinstance(wanted, dict):
+            raise Rejected(f"a model is named by a dict with paths, not by {wanted!r:.100}")
+        with self.flight.turn(call), torch.inference_mode():
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
+            yield self.library.get(wanted)

@@ -1,0 +1,85 @@
+"""Segments: used again, bounded, and gone with both ends."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from luna_mp.errors import Rejected
+from luna_mp.wire import shm
+from luna_mp.wire.shm import ShmCarrier
+from tests.wire.pair import channels, crossed
+
+BIG = 1 << 20  # elements
+
+pytestmark = pytest.mark.skipif(not shm.is_supported(), reason="no shared memory here")
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def segments(channel) -> int:
+    return len(channel._carriers["shm"]._mine)
+
+
+def test_segment_is_used_again_once_the_tensor_is_dropped():
+    with channels(ShmCarrier) as (left, right):
+        for _ in range(5):
+            crossed(left, right, torch.rand(BIG))
+        assert segments(left) == 1
+
+
+def test_segment_stays_lent_while_a_view_lives():
+    with channels(ShmCarrier) as (left, right):
+        kept = crossed(left, right, torch.ones(BIG))[5:6]
+        crossed(left, right, torch.zeros(BIG))
+        assert segments(left) == 2
+        assert kept.item() == 1
+
+
+def test_tensor_goes_inline_when_all_segments_are_lent(monkeypatch):
+    monkeypatch.setattr(shm, "MAX_SEGMENTS", 2)
+    with channels(ShmCarrier) as (left, right):
+        kept = [crossed(left, right, torch.full((BIG,), float(i))) for i in range(4)]
+        assert segments(left) == 2
+        assert [tensor[0].item() for tensor in kept] == [0, 1, 2, 3]
+
+
+def test_free_segments_make_room_for_a_bigger_one(monkeypatch):
+    monkeypatch.setattr(shm, "MAX_SEGMENTS", 2)
+    with channels(ShmCarrier) as (left, right):
+        for size in (BIG, 4 * BIG, 16 * BIG):
+            assert crossed(left, right, torch.ones(size)).sum() == size
+        assert segments(left) == 1
+        assert len(right._carriers["shm"]._theirs) == 1
+
+
+def test_nothing_is_left_when_both_ends_close():
+    before = descriptors()
+    with channels(ShmCarrier) as (left, right):
+        crossed(left, right, torch.rand(BIG))
+        crossed(right, left, torch.rand(BIG))
+    assert descriptors() == before
+
+
+def test_no_room_for_a_segment_sends_inline(monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    before = descriptors()
+    with channels(ShmCarrier) as (left, right):
+        assert crossed(left, right, torch.ones(BIG)).sum() == BIG
+        assert segments(left) == 0
+    assert descriptors() < before + 1
+
+
+def test_segment_that_its_sender_could_shrink_is_refused():
+    fd = os.memfd_create("test")
+    os.ftruncate(fd, shm.HEADER + 4096)
+    source = shm.Incoming(read_into=lambda _: None, take_fd=lambda: fd, limit=1 << 20)
+    with pytest.raises(Rejected, match="not what its sender says"):
+        ShmCarrier().unpack((1, 4096, "", (), "uint8", (10,), (1,), False), source)
