@@ -17,7 +17,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from dataclasses import asdict
+from typing import Any, cast
 
 import psutil
 
@@ -58,6 +59,7 @@ class Service:
         self._worker = _build(config)
         self._servers: list[Server] = []
         self._threads: list[threading.Thread] = []
+        self._port = config.port
 
     def __repr__(self) -> str:
         return f"<Service {self._config.role} on {self._worker.device}: {self._servers}>"
@@ -66,28 +68,30 @@ class Service:
         """Listen; returns what `ready` says, which is also the instance's record."""
         calls = {**self._worker.calls(), "status": self._status}
         remote = self._serve(RemoteManager, (self._config.host, self._config.port), calls)
-        host, port = remote.address  # type: ignore[misc]
+        host, port = cast("tuple[str, int]", remote.address)
+        self._port = port
         path = ""
         if hasattr(socket, "AF_UNIX"):
             path = str(runtime.socket_path(self._directory, self._config.role, port))
             control = {"stop": self._stop, "unload": self._worker.unload}
             self._serve(LocalManager, path, {**calls, **control})
-        record = {
-            "role": self._config.role,
-            "pid": os.getpid(),
-            "created": psutil.Process().create_time(),
-            "socket": path,
-            "host": host,
-            "port": port,
-            "started": self._started,
-        }
-        runtime.write_record(self._directory, self._config.role, port, record)
-        return {**record, "device": str(self._worker.device), "models": self._models()}
+        record = runtime.Record(
+            role=self._config.role,
+            pid=os.getpid(),
+            created=psutil.Process().create_time(),
+            socket=path,
+            host=host,
+            port=port,
+            started=self._started,
+        )
+        runtime.write_record(self._directory, record)
+        models = self._worker.library.to_data()
+        return {**asdict(record), "device": str(self._worker.device), "models": models}
 
     def close(self, grace: float) -> None:
         """End both servers; calls under way get `grace` seconds."""
         end = time.monotonic() + grace
-        runtime.remove_record(self._directory, self._config.role, self._servers[0].address[1])
+        runtime.remove_record(self._directory, self._config.role, self._port)
         for server in self._servers:
             server.stop(max(end - time.monotonic(), 0.0))
         for thread in self._threads:
@@ -104,10 +108,6 @@ class Service:
         self._servers.append(server)
         self._threads.append(thread)
         return server
-
-    def _models(self) -> list[dict[str, Any]]:
-        models: list[dict[str, Any]] = self._worker.library.to_data()
-        return models
 
     def _status(self, call: Call) -> dict[str, Any]:
         return {
