@@ -30,5 +30,8 @@ class Deadline:
         """Seconds left, always above zero; raises `TimedOut` when there are none."""
         left = self._at - time.monotonic()
         if left <= 0:
-            raise TimedOut(f"{self.what} took longer than {self.seconds:g} s")
+            raise self.error()
         return left
+
+    def error(self) -> TimedOut:
+        return TimedOut(f"{self.what} took longer than {self.seconds:g} s")

@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import logging
 import os
+import selectors
+import socket
 import threading
 import traceback
 from collections.abc import Callable, Mapping
+from functools import partial
 from multiprocessing import managers
 from typing import Any
 
@@ -62,23 +65,34 @@ class _Listener:
 
     def __init__(self, address: str | tuple[str, int], backlog: int) -> None:
         self._socket = stream.listen(address)
-        self._socket.settimeout(ACCEPT_SECONDS)
+        self._waker, self._woken = socket.socketpair()
+        self._selector = selectors.DefaultSelector()
+        for sock in (self._socket, self._woken):
+            self._selector.register(sock, selectors.EVENT_READ)
+        self._socket.setblocking(False)
         self._path = address if isinstance(address, str) else ""
         bound = self._socket.getsockname()
         self.address = address if isinstance(address, str) else (bound[0], bound[1])
 
     def accept(self) -> Stream | None:
         """The next connection, or None when there was none for a while. Raises `OSError`."""
+        self._selector.select(ACCEPT_SECONDS)
         try:
             sock, peer = self._socket.accept()
-        except TimeoutError:
+        except BlockingIOError:
             return None
         return Stream(sock, f"{peer[0]}:{peer[1]}" if peer else "a local client")
+
+    def wake(self) -> None:
+        """End a wait in `accept` at once, from another thread."""
+        self._waker.send(b"x")
 
     def close(self) -> None:
         if self._path and os.path.exists(self._path):
             os.unlink(self._path)
-        self._socket.close()
+        self._selector.close()
+        for sock in (self._socket, self._waker, self._woken):
+            sock.close()
 
 
 def _no_client(*_args: object, **_kwargs: object) -> None:
@@ -143,7 +157,9 @@ class Server(managers.Server):
 
     def stop(self, grace: float) -> None:
         """Admit nobody more; give running calls `grace` seconds, then close every connection."""
-        self._stop.set()
+        if not self._stop.is_set():
+            self._stop.set()
+            self.listener.wake()
         with self._idle:
             self._idle.wait_for(lambda: not self._busy, timeout=grace)
             left = dict(self._threads)
@@ -275,11 +291,11 @@ class Manager(managers.BaseManager):
         pin: bool = False,
     ) -> None:
         super().__init__(address, authkey, serializer="luna")
-        self._make = lambda: Server(name, exposed, address, authkey, sessions, max_message, pin)
+        self._server = partial(Server, name, exposed, address, authkey, sessions, max_message, pin)
 
     def get_server(self) -> Server:
         """The server, listening. Raises `LunaError` where the address cannot be had."""
-        return self._make()
+        return self._server()
 
 
 class LocalManager(Manager):

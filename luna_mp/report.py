@@ -29,7 +29,8 @@ def _service(role: str, status: dict[str, Any]) -> Iterator[str]:
     yield f"  queue {queue['depth']} waiting, {queue['dropped']} dropped"
     for position, ticket in enumerate(queue["line"]):
         place = "running" if position == 0 else f"place {position}"
-        yield f"    {place}: {ticket['method']} of {ticket['client'][:8]}, {ticket['waiting']:.1f} s"
+        who = f"{ticket['method']} of {ticket['client'][:8]}"
+        yield f"    {place}: {who}, {ticket['waiting']:.1f} s"
     for method, total in queue["methods"].items():
         calls = total["calls"]
         yield (

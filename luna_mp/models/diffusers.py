@@ -104,7 +104,7 @@ def load_vae(spec: ModelSpec, device: str) -> DiffusersVae:
     wanted = files.resolve_dtype(spec.dtype)
     if len(spec.paths) != 1:
         remedy = "name its folder or its file"
-        raise files.bad_model(list(spec.paths), f"{len(spec.paths)} paths", "one VAE", remedy)
+        raise files.bad_model(", ".join(spec.paths), f"{len(spec.paths)} paths", "one VAE", remedy)
     component = files.find_component(_vae_folder(Path(spec.paths[0])))
     cls = _autoencoder_class(component)
     dtype = wanted or (torch.float32 if target.type == "cpu" else component.stored_dtype())
@@ -128,8 +128,9 @@ def _vae_folder(path: Path) -> Path:
 def _autoencoder_class(component: files.Component) -> Any:
     """The class that the config names, of those that may be reached through a config."""
     name = component.config.get("_class_name")
-    cls = getattr(diffusers, str(name), None) if str(name).startswith(_PREFIXES) else None
-    if not (inspect.isclass(cls) and issubclass(cls, diffusers.ModelMixin)):
+    cls: Any = getattr(diffusers, str(name), None) if str(name).startswith(_PREFIXES) else None
+    is_model = inspect.isclass(cls) and issubclass(cls, diffusers.ModelMixin)
+    if not is_model:
         raise files.bad_model(
             component.config_file,
             f"_class_name {name!r}",

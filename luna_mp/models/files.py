@@ -59,7 +59,7 @@ class Component:
         return self.config_file.parent
 
     def stored_dtype(self) -> torch.dtype:
-        """The floating dtype that most weights are stored in; float32 for any that we do not know."""
+        """The dtype that most weights are stored in; float32 where that is not a plain float."""
         counts: dict[str, int] = {}
         for file in self.weights:
             for dtype, shape in tensor_shapes(file).values():

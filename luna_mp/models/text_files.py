@@ -33,6 +33,15 @@ _CONVENTIONS = {
     "sdxl": ([CLIP, PROJECTED], [PROJECTED]),
     "flux": ([CLIP, T5],),
 }
+#: which convention a pipeline follows, by the start of its class name, first match; None: none here
+_PIPELINES = (
+    ("StableDiffusionXL", "sdxl"),
+    ("StableDiffusion3", None),
+    ("StableDiffusion", "sd1"),
+    ("LatentConsistencyModel", "sd1"),
+    ("Flux2", None),
+    ("Flux", "flux"),
+)
 _ROLES = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
 
 
@@ -52,20 +61,28 @@ def find_encoders(spec: ModelSpec) -> tuple[list[EncoderFiles], str]:
     if spec.type != "auto" and spec.type not in _CONVENTIONS:
         known = ", ".join(("auto", *_CONVENTIONS))
         remedy = "use one of those, or serve it through ComfyUI's loaders"
-        raise files.bad_model(list(spec.paths), f"the type {spec.type!r}", known, remedy)
+        raise files.bad_model(", ".join(spec.paths), f"the type {spec.type!r}", known, remedy)
+    if not spec.paths:
+        raise files.bad_model("a text encoder", "no path", "a folder or files", "name them")
     first = Path(spec.paths[0])
+    wanted = spec.type
     if len(spec.paths) == 1 and (first / "model_index.json").is_file():
-        parts = _from_pipeline(first)
+        parts, by_pipeline = _from_pipeline(first, needs_type=spec.type == "auto")
+        wanted = by_pipeline if spec.type == "auto" else spec.type
     else:
         parts = [_from_path(Path(path), index) for index, path in enumerate(spec.paths)]
-    kinds = [part.kind for part in parts]
-    fitting = [name for name, wanted in _CONVENTIONS.items() if kinds in wanted]
-    if not fitting or spec.type not in ("auto", *fitting):
-        wanted = _CONVENTIONS if spec.type == "auto" else {spec.type: _CONVENTIONS[spec.type]}
-        expected = "; ".join(f"{n}: {' or '.join(map(str, k))}" for n, k in wanted.items())
+    return parts, _convention(spec, [part.kind for part in parts], wanted)
+
+
+def _convention(spec: ModelSpec, kinds: list[str], wanted: str) -> str:
+    """The convention that fits these encoders, which must be `wanted` where it is not "auto"."""
+    fitting = [name for name, accepted in _CONVENTIONS.items() if kinds in accepted]
+    if not fitting or wanted not in ("auto", *fitting):
+        choices = _CONVENTIONS if wanted == "auto" else {wanted: _CONVENTIONS[wanted]}
+        expected = "; ".join(f"{n}: {' or '.join(map(str, k))}" for n, k in choices.items())
         remedy = "name the encoders in that order, or serve them through ComfyUI's loaders"
         raise files.bad_model(", ".join(spec.paths), f"encoders {kinds}", expected, remedy)
-    return parts, fitting[0]
+    return fitting[0]
 
 
 def load_parts(part: EncoderFiles, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -103,11 +120,20 @@ def load_parts(part: EncoderFiles, dtype: torch.dtype) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _from_pipeline(folder: Path) -> list[EncoderFiles]:
+def _from_pipeline(folder: Path, needs_type: bool) -> tuple[list[EncoderFiles], str]:
+    """The encoders of a pipeline, and the convention of its class; "auto" where none is needed."""
     index = files.read_json(folder / "model_index.json")
+    name = str(index.get("_class_name"))
+    convention = next((known for start, known in _PIPELINES if name.startswith(start)), None)
+    if needs_type and convention is None:
+        expected = "a Stable Diffusion 1, 2, XL or Flux pipeline"
+        remedy = (
+            f"name the type ({', '.join(_CONVENTIONS)}) that it follows, or use ComfyUI's loaders"
+        )
+        raise files.bad_model(folder, f"a {name}", expected, remedy)
     named = {role: index[role] for role in _ROLES if index.get(role) not in (None, [None, None])}
     if not named:
-        found = f"a {index.get('_class_name')} without text encoders"
+        found = f"a {name} without text encoders"
         remedy = "name the text encoders' own folders"
         raise files.bad_model(folder, found, "a pipeline with a text_encoder folder", remedy)
     parts = []
@@ -119,7 +145,7 @@ def _from_pipeline(folder: Path) -> list[EncoderFiles]:
         component = files.find_component(folder / role)
         tokenizer = folder / tokenizer_role
         parts.append(_part(role, kind, component, [tokenizer], tokenizer_class))
-    return parts
+    return parts, convention or "auto"
 
 
 def _from_path(path: Path, index: int) -> EncoderFiles:

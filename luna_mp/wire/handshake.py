@@ -29,7 +29,7 @@ from typing import Any, NoReturn
 import psutil
 
 from luna_mp.deadline import Deadline
-from luna_mp.errors import LunaError, Rejected, WrongKey, WrongVersion
+from luna_mp.errors import Broken, LunaError, Rejected, WrongKey, WrongVersion
 from luna_mp.wire.stream import Stream
 
 __all__ = ("PROTOCOL", "Identity", "answer", "greet", "identity", "refuse")
@@ -40,6 +40,7 @@ PROTOCOL = 1
 LENGTH = struct.Struct("!H")
 NONCE_BYTES = 32
 SECONDS = 5.0  # for the whole handshake
+REFUSAL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,10 @@ def greet(stream: Stream, key: bytes, mine: Identity) -> Identity:
     """The client's side. Raises `WrongKey`, `WrongVersion`, `Rejected`, `TimedOut`, `Broken`."""
     deadline = Deadline(SECONDS, f"the handshake with {stream.peer}")
     nonce = secrets.token_hex(NONCE_BYTES)
-    _send(stream, {"luna": PROTOCOL, "nonce": nonce}, deadline)
+    try:
+        _send(stream, {"luna": PROTOCOL, "nonce": nonce}, deadline)
+    except Broken as exc:
+        logger.debug("%s; perhaps it said why", exc)
     reply = _recv(stream, deadline)
     _check_version(reply.get("luna"), stream.peer)
     nonces = (nonce, str(reply.get("nonce")))
@@ -125,8 +129,11 @@ def answer(stream: Stream, key: bytes, mine: Identity) -> Identity:
 
 def refuse(stream: Stream, why: str) -> None:
     """Turn a stranger away, and close; it may already have gone, and nobody waits for it."""
+    deadline = Deadline(REFUSAL_SECONDS, "a refusal")
     try:
-        _send(stream, {"luna": PROTOCOL, "refused": why}, Deadline(1.0, "a refusal"))
+        _send(stream, {"luna": PROTOCOL, "refused": why}, deadline)
+        # To close with the stranger's greeting unread would reset the connection, reason and all.
+        _recv(stream, deadline)
     except LunaError as exc:
         logger.debug("%s left before it was refused: %s", stream.peer, exc)
     finally:

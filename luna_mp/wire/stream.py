@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import array
 import os
 import socket
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from luna_mp.deadline import Deadline
-from luna_mp.errors import Broken, LunaError, TimedOut, Unavailable
+from luna_mp.errors import Broken, LunaError, Unavailable
 
 __all__ = ("Stream", "connect", "listen")
 
@@ -21,12 +23,12 @@ Buffer = bytes | bytearray | memoryview
 
 
 @contextmanager
-def _translated(peer: str) -> Iterator[None]:
+def _translated(peer: str, deadline: Deadline) -> Iterator[None]:
     """The one table from what the OS raises to what a caller can act on."""
     try:
         yield
     except TimeoutError as exc:
-        raise TimedOut(f"{peer} did not keep up: {exc}") from exc
+        raise deadline.error() from exc
     except (FileNotFoundError, ConnectionRefusedError) as exc:
         raise Unavailable(f"no service answers at {peer} ({exc.strerror})") from exc
     except PermissionError as exc:
@@ -67,7 +69,7 @@ class Stream:
         """Send all parts in order; `fds` travel with the first byte (Unix sockets only)."""
         views = [view for part in parts if (view := memoryview(part).cast("B")).nbytes]
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, _packed(fds))] if fds else []
-        with _translated(self.peer):
+        with _translated(self.peer, deadline):
             while views:
                 self._sock.settimeout(deadline.remaining())
                 if hasattr(self._sock, "sendmsg"):
@@ -83,7 +85,7 @@ class Stream:
     def recv_into(self, target: Buffer, deadline: Deadline) -> None:
         """Fill `target`; raises `Broken` when the peer closes first."""
         view = memoryview(target).cast("B")
-        with _translated(self.peer):
+        with _translated(self.peer, deadline):
             while view.nbytes:
                 self._sock.settimeout(deadline.remaining())
                 got = self._sock.recv_into(view)
@@ -94,7 +96,7 @@ class Stream:
     def recv_header(self, size: int, deadline: Deadline) -> bytes:
         """Read the `size` bytes that open a message, and keep the descriptors that come along."""
         header = bytearray()
-        with _translated(self.peer):
+        with _translated(self.peer, deadline):
             while len(header) < size:
                 self._sock.settimeout(deadline.remaining())
                 got = self._recv_with_fds(size - len(header))
@@ -145,15 +147,13 @@ class Stream:
 
 
 def _packed(fds: Sequence[int]) -> bytes:
-    import array
-
     return array.array("i", fds).tobytes()
 
 
 def connect(address: str | tuple[str, int], deadline: Deadline) -> Stream:
     """Connect to a Unix socket's path or to (host, port); raises `Unavailable`."""
     peer = address if isinstance(address, str) else f"{address[0]}:{address[1]}"
-    with _translated(peer):
+    with _translated(peer, deadline):
         if not isinstance(address, str):
             return Stream(socket.create_connection(address, deadline.remaining()), peer)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -166,8 +166,6 @@ def connect(address: str | tuple[str, int], deadline: Deadline) -> Stream:
 
 
 def _connect_unix(sock: socket.socket, path: str, deadline: Deadline) -> None:
-    import time
-
     while True:
         sock.settimeout(deadline.remaining())
         try:

@@ -1,0 +1,270 @@
+"""Models that ComfyUI's own loaders load: every family that the given ComfyUI knows.
+
+ComfyUI is imported into this process, headless: only a service may do that, since it puts
+ComfyUI's directory, with its top-level modules, on the import path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from luna_mp.errors import BadConfig
+from luna_mp.models import files
+from luna_mp.models.base import ClipModel, Conditioning, ModelSpec, VaeModel
+
+__all__ = ("ComfyClip", "ComfyVae", "import_comfy", "load_clip", "load_vae")
+
+#: our names for families that ComfyUI tells apart by the files alone
+_TYPE_ALIASES = dict.fromkeys(("auto", "sd1", "sd2", "sdxl"), "STABLE_DIFFUSION")
+#: the diffusion model's keys, by which a file that holds everything is known
+_CHECKPOINT_PREFIX = "model.diffusion_model."
+#: keys of OpenCLIP's files, which ComfyUI renames before it looks what they are
+_OPENCLIP_KEY = "transformer.resblocks.0.ln_1.weight"
+#: an embedding vector in a prompt has no token id
+_NO_ID = -1
+
+
+class ComfyVae(VaeModel):
+    """ComfyUI's VAE; `vae` is the wrapped `comfy.sd.VAE`, with results kept on `device`.
+
+    Bits and strides are those of the wrapped object: latents come back as float32, and a call that
+    runs out of memory is repeated in tiles by ComfyUI itself.
+    """
+
+    def __init__(self, vae: Any, device: torch.device) -> None:
+        self.vae = vae
+        vae.output_device = device
+        self.device = device
+        self.dtype = vae.vae_dtype
+        self.latent_channels = vae.latent_channels
+        self.image_channels = vae.output_channels
+        self.spatial_dims = vae.latent_dim
+        self.spatial_ratio = round(vae.spacial_compression_decode())
+
+    def decode(self, latent: torch.Tensor) -> torch.Tensor:
+        image: torch.Tensor = self.vae.decode(latent)
+        return image
+
+    def encode(self, image: torch.Tensor) -> torch.Tensor:
+        latent: torch.Tensor = self.vae.encode(image)
+        return latent
+
+    def decode_tiled(self, latent: torch.Tensor) -> torch.Tensor:
+        image: torch.Tensor = self.vae.decode_tiled(latent, **self._tiles(decoding=True))
+        return image
+
+    def encode_tiled(self, image: torch.Tensor) -> torch.Tensor:
+        latent: torch.Tensor = self.vae.encode_tiled(image, **self._tiles(decoding=False))
+        return latent
+
+    def weight_bytes(self) -> int:
+        return int(self.vae.patcher.model_size())
+
+    def _tiles(self, decoding: bool) -> dict[str, int]:
+        """Tile sizes where ComfyUI's methods have no defaults: those of its own fallback."""
+        if self.spatial_dims == 3:
+            edge = 256 // self.spatial_ratio if decoding else 256
+            return {"tile_x": edge, "tile_y": edge, "overlap": edge // 4}
+        # for sound the argument is dropped, but it has to be there to be dropped
+        return {"tile_y": 0} if self.spatial_dims == 1 else {}
+
+
+class ComfyClip(ClipModel):
+    """ComfyUI's text encoders; `clip` is the wrapped `comfy.sd.CLIP`.
+
+    `extras` holds what ComfyUI adds to a conditioning (`attention_mask`, …), as it named it.
+    """
+
+    def __init__(self, clip: Any, device: torch.device) -> None:
+        self.clip = clip
+        self.device = device
+        self.dtype = next(clip.cond_stage_model.parameters()).dtype
+
+    def tokenize(self, text: str) -> dict[str, list[int]]:
+        """As for every `ClipModel`; an embedding's vector counts as -1."""
+        tokens: dict[str, list[list[tuple[Any, ...]]]] = self.clip.tokenize(text)
+        return {
+            name: [
+                int(token[0]) if isinstance(token[0], int) else _NO_ID
+                for batch in batches
+                for token in batch
+            ]
+            for name, batches in tokens.items()
+        }
+
+    def encode(self, text: str) -> Conditioning:
+        output = self.clip.encode_from_tokens(self.clip.tokenize(text), return_dict=True)
+        extras = {k: v for k, v in output.items() if k not in ("cond", "pooled_output")}
+        return Conditioning(output["cond"], output["pooled_output"], extras)
+
+    def weight_bytes(self) -> int:
+        return int(self.clip.patcher.model_size())
+
+
+def load_clip(spec: ModelSpec, device: str, comfyui: str) -> ComfyClip:
+    """Load the text encoder files of `spec`, or those in one checkpoint.
+
+    Raises `BadModel`, `BadConfig`.
+    """
+    target = files.resolve_device(device)
+    options: dict[str, Any] = {"load_device": target, "offload_device": target}
+    dtype = files.resolve_dtype(spec.dtype)
+    if dtype is not None:
+        options["dtype"] = dtype
+    paths = _existing_files(spec)
+    comfy = import_comfy(comfyui, target)
+    clip_type = _clip_type(comfy, spec.type)
+    embeddings = Path(comfyui) / "models" / "embeddings"
+    directories = [str(embeddings)] if embeddings.is_dir() else None
+    is_checkpoint = len(paths) == 1 and _is_checkpoint(paths[0])
+    with files.reading(paths[0]), torch.inference_mode():
+        if is_checkpoint:
+            clip = comfy.load_checkpoint_guess_config(
+                str(paths[0]),
+                output_model=False,
+                output_vae=False,
+                output_clip=True,
+                embedding_directory=directories,
+                te_model_options=options,
+            )[1]
+        else:
+            _refuse_strangers(comfy, paths)
+            clip = comfy.load_clip(
+                [str(path) for path in paths],
+                embedding_directory=directories,
+                clip_type=clip_type,
+                model_options=options,
+            )
+    if clip is None:
+        raise files.bad_model(
+            paths[0],
+            "a checkpoint without text encoders",
+            "a checkpoint that holds them",
+            "name the text encoders' own files",
+        )
+    return ComfyClip(clip, target)
+
+
+def load_vae(spec: ModelSpec, device: str, comfyui: str) -> ComfyVae:
+    """Load a VAE file, or the VAE in a checkpoint. Raises `BadModel`, `BadConfig`."""
+    target = files.resolve_device(device)
+    dtype = files.resolve_dtype(spec.dtype)
+    paths = _existing_files(spec)
+    path = paths[0]
+    if len(paths) != 1:
+        remedy = "name one VAE file or one checkpoint"
+        raise files.bad_model(", ".join(spec.paths), f"{len(paths)} files", "one", remedy)
+    comfy = import_comfy(comfyui, target)
+    with files.reading(path), torch.inference_mode(), _vae_dtype(dtype):
+        if _is_checkpoint(path):
+            vae = comfy.load_checkpoint_guess_config(
+                str(path), output_model=False, output_clip=False, output_vae=True
+            )[2]
+        else:
+            utils = importlib.import_module("comfy.utils")
+            weights, metadata = utils.load_torch_file(
+                str(path), safe_load=True, return_metadata=True
+            )
+            takes_metadata = "metadata" in inspect.signature(comfy.VAE.__init__).parameters
+            vae = comfy.VAE(sd=weights, **({"metadata": metadata} if takes_metadata else {}))
+    if vae is None or vae.first_stage_model is None:
+        found = "weights that are no VAE that this ComfyUI knows"
+        remedy = "name a VAE's file, or update ComfyUI"
+        raise files.bad_model(path, found, "a VAE, or a checkpoint with one", remedy)
+    return ComfyVae(vae, target)
+
+
+def import_comfy(directory: str, device: torch.device) -> Any:
+    """Import `comfy.sd` from a ComfyUI checkout; the command line stays ours. Raises `BadConfig`.
+
+    The first call of a process decides the device: "cpu", or else the first GPU, where ComfyUI
+    then keeps models and results.
+    """
+    root = Path(directory).resolve()
+    if not (root / "comfy" / "sd.py").is_file():
+        raise BadConfig(f"no ComfyUI in {directory}: name the directory that holds comfy/sd.py")
+    if "comfy.sd" not in sys.modules:
+        sys.path.insert(0, str(root))
+    try:
+        # ComfyUI parses arguments only where comfy.options was told to: not here
+        arguments: Any = importlib.import_module("comfy.cli_args").args
+        if "comfy.model_management" not in sys.modules:
+            arguments.cpu = device.type == "cpu"
+            arguments.gpu_only = device.type != "cpu"
+        comfy = importlib.import_module("comfy.sd")
+    except (ImportError, RuntimeError, AttributeError, OSError) as exc:
+        raise BadConfig(
+            f"cannot import ComfyUI from {directory} in {sys.executable} "
+            f"({type(exc).__name__}: {exc}): run the service with ComfyUI's own interpreter"
+        ) from exc
+    if not Path(str(comfy.__file__)).resolve().is_relative_to(root):
+        text = f"ComfyUI was imported from {comfy.__file__} before, not from {directory}"
+        raise BadConfig(f"{text}: use one ComfyUI per process")
+    return comfy
+
+
+def _existing_files(spec: ModelSpec) -> list[Path]:
+    paths = [Path(path) for path in spec.paths]
+    if not 1 <= len(paths) <= 4:
+        expected, remedy = "one to four weight files", "name the model's files"
+        raise files.bad_model(", ".join(spec.paths), f"{len(paths)} paths", expected, remedy)
+    for path in paths:
+        if not path.is_file():
+            found = "a folder" if path.is_dir() else "nothing there"
+            remedy = "name the file; folders are read through diffusers, without ComfyUI"
+            raise files.bad_model(path, found, "a weight file", remedy)
+        if files.is_safetensors(path):
+            files.tensor_shapes(path)
+    return paths
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Pickled checkpoints are taken for plain weights, which ComfyUI opens without running code."""
+    if not files.is_safetensors(path):
+        return False
+    return any(key.startswith(_CHECKPOINT_PREFIX) for key in files.tensor_shapes(path))
+
+
+def _clip_type(comfy: Any, name: str) -> Any:
+    wanted = _TYPE_ALIASES.get(name, name.upper())
+    try:
+        return comfy.CLIPType[wanted]
+    except KeyError as exc:
+        known = ", ".join(sorted((*_TYPE_ALIASES, *(t.name.lower() for t in comfy.CLIPType))))
+        raise BadConfig(f"ComfyUI knows no CLIP type {name!r}: use one of {known}") from exc
+
+
+def _refuse_strangers(comfy: Any, paths: list[Path]) -> None:
+    """ComfyUI takes weights that it does not know for a CLIP-L, and leaves that uninitialised."""
+    detect = getattr(comfy, "detect_te_model", None)
+    for path in filter(files.is_safetensors, paths):
+        shapes = files.tensor_shapes(path)
+        # detection reads names and shapes only
+        weights = {key: torch.empty(shape, device="meta") for key, (_, shape) in shapes.items()}
+        if detect is None or _OPENCLIP_KEY in weights or detect(weights) is not None:
+            continue
+        found = f"no text encoder that this ComfyUI knows ({next(iter(weights), 'no tensors')}, …)"
+        remedy = "name a text encoder's file, or update ComfyUI"
+        raise files.bad_model(path, found, "a text encoder's weights", remedy)
+
+
+@contextlib.contextmanager
+def _vae_dtype(dtype: torch.dtype | None) -> Iterator[None]:
+    """Have ComfyUI build VAEs in `dtype`: a checkpoint's VAE can be told in no other way."""
+    flags = {torch.float16: "fp16_vae", torch.bfloat16: "bf16_vae", torch.float32: "fp32_vae"}
+    arguments: Any = importlib.import_module("comfy.cli_args").args
+    before = {flag: getattr(arguments, flag) for flag in flags.values()}
+    try:
+        if dtype is not None:
+            vars(arguments).update({flag: known == dtype for known, flag in flags.items()})
+        yield
+    finally:
+        vars(arguments).update(before)

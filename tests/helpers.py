@@ -1,0 +1,52 @@
+"""What tests share: waiting for a state, and servers of our own interfaces without a process."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from luna_mp.client import _Endpoint
+from luna_mp.manager import LocalManager, RemoteManager, Server
+from luna_mp.sessions import Sessions
+
+KEY = bytes(range(32))
+LIMIT = 1 << 28
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 10.0) -> Any:
+    """The first true value of `condition`; fails when there is none in time."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, f"{condition} was not true within {seconds} s"
+        time.sleep(0.005)
+    return value
+
+
+@contextmanager
+def served(
+    exposed: dict[str, Callable[..., Any]], address: Any, key: bytes = KEY, limit: int = LIMIT
+) -> Iterator[Server]:
+    """A server in this process, on its own thread; it must end by itself."""
+    manager = LocalManager if isinstance(address, str) else RemoteManager
+    server = manager("vae", exposed, address, key, Sessions(), limit).get_server()
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.stop(grace=1.0)
+        thread.join(5.0)
+        assert not thread.is_alive()
+
+
+@contextmanager
+def endpoint(server: Server, key: bytes = KEY) -> Iterator[_Endpoint]:
+    """A client of that server."""
+    client = _Endpoint("vae", lambda: server.address, key)
+    try:
+        yield client
+    finally:
+        client.close()
