@@ -129,16 +129,15 @@ class _Endpoint:
                 # A fork shares its parent's sockets; what it reads there is the parent's.
                 self._idle, self._pid = [], os.getpid()
                 self._client_id = uuid.uuid4().hex
-            idle, self._idle = self._idle, []
-        alive = None
-        for channel in idle:
-            if alive is None and not channel.stream.peer_has_gone:
-                alive = channel
-            elif not channel.stream.peer_has_gone:
-                self._give_back(channel)
-            else:
-                channel.close()
-        return alive or self._reconnect(deadline)
+        while channel := self._pop():
+            if not channel.stream.peer_has_gone:
+                return channel
+            channel.close()
+        return self._reconnect(deadline)
+
+    def _pop(self) -> Channel | None:
+        with self._lock:
+            return self._idle.pop() if self._idle else None
 
     def _give_back(self, channel: Channel) -> None:
         with self._lock:

@@ -209,6 +209,7 @@ class Server(managers.Server):
                 self._handshakes -= 1
 
     def _serve(self, channel: Channel, session: Session) -> None:
+        thread = threading.current_thread()
         while not self._stop.is_set():
             try:
                 request = channel.recv(Deadline(IDLE_SECONDS, "an idle connection"))
@@ -218,16 +219,16 @@ class Server(managers.Server):
                 # What follows cannot be told from the rest of the bad message.
                 channel.send(_failure(exc), Deadline(CONTROL_SECONDS, "a refusal"))
                 raise
-            with self._idle:
-                self._busy.add(threading.current_thread())
+            self._busy.add(thread)
             try:
                 self._answer(channel, session, request)
             finally:
                 # Inputs go after the reply left: letting go of CUDA memory waits for the GPU.
                 del request
-                with self._idle:
-                    self._busy.discard(threading.current_thread())
-                    self._idle.notify_all()
+                self._busy.discard(thread)
+                if self._stop.is_set():
+                    with self._idle:
+                        self._idle.notify_all()
 
     def _answer(self, channel: Channel, session: Session, request: dict[str, Any]) -> None:
         reply = self._reply(channel, session, request)

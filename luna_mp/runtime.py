@@ -8,6 +8,7 @@ import os
 import secrets
 import stat
 import tempfile
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def runtime_dir(explicit: str = "") -> Path:
     Raises `BadConfig` where other users could enter it.
     """
     named = explicit or os.environ.get("LUNA_MP_RUNTIME_DIR", "")
-    path = Path(named or platformdirs.user_runtime_dir("luna-mp")).absolute()
+    path = Path(named or _usual_dir()).absolute()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.mkdir(mode=0o700, exist_ok=True)
@@ -80,6 +81,13 @@ def runtime_dir(explicit: str = "") -> Path:
     if not stat.S_ISDIR(found.st_mode):
         raise BadConfig(f"the runtime directory {path} is not a directory of its own")
     return path
+
+
+def _usual_dir() -> str:
+    with warnings.catch_warnings():
+        # Without XDG_RUNTIME_DIR it is a directory of the user's in the temporary one: good enough.
+        warnings.simplefilter("ignore")
+        return platformdirs.user_runtime_dir("luna-mp")
 
 
 def authkey(explicit_file: str, directory: Path) -> bytes:

@@ -105,7 +105,7 @@ def parse(token: tuple[object, ...], limit: int) -> Layout:
 def memory_of(run: torch.Tensor) -> memoryview:
     """The bytes of a CPU uint8 run, without a copy; valid as long as `run` is kept."""
     if not run.numel():
-        return memoryview(b"")
+        return memoryview(bytearray())
     return memoryview((ctypes.c_ubyte * run.numel()).from_address(run.data_ptr())).cast("B")
 
 

@@ -25,7 +25,7 @@ __all__ = ("answer", "choose")
 
 logger = logging.getLogger(__name__)
 
-PROBE_BYTES = 2 * INLINE_BELOW  # enough that it is not sent inline for being small
+PROBE_BYTES = INLINE_BELOW  # just enough not to be sent inline for being small
 SECONDS = 5.0
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import array
 import os
+import select
 import socket
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from luna_mp.deadline import Deadline
 from luna_mp.errors import Broken, LunaError, Unavailable
@@ -19,24 +20,26 @@ BACKLOG = 128
 KEEPALIVE_IDLE = 30  # seconds of silence after which TCP asks whether the peer is still there
 CONNECT_RETRY = 0.01  # seconds; Linux answers EAGAIN while the backlog of a Unix socket is full
 
+# A sleeping thread takes some 50 µs to wake, on virtual machines more; a short answer is awaited
+# awake. Longer than this nobody spins.
+SPIN_SECONDS = 100e-6
+READ_AHEAD = 8192  # bytes; more than a message without tensors has
+MAX_PARTS = 64  # of one system call
+FDS_SPACE = socket.CMSG_SPACE(MAX_FDS * 4) if hasattr(socket, "CMSG_SPACE") else 0
+
 Buffer = bytes | bytearray | memoryview
 
 
-@contextmanager
-def _translated(peer: str, deadline: Deadline) -> Iterator[None]:
+def _translated(exc: OSError, peer: str, deadline: Deadline) -> LunaError:
     """The one table from what the OS raises to what a caller can act on."""
-    try:
-        yield
-    except TimeoutError as exc:
-        raise deadline.error() from exc
-    except (FileNotFoundError, ConnectionRefusedError) as exc:
-        raise Unavailable(f"no service answers at {peer} ({exc.strerror})") from exc
-    except PermissionError as exc:
-        raise Unavailable(f"{peer} may not be opened by this user ({exc.strerror})") from exc
-    except EOFError as exc:
-        raise Broken(f"{peer} closed the connection") from exc
-    except OSError as exc:
-        raise Broken(f"the connection to {peer} broke: {exc.strerror or exc}") from exc
+    match exc:
+        case TimeoutError():
+            return deadline.error()
+        case FileNotFoundError() | ConnectionRefusedError():
+            return Unavailable(f"no service answers at {peer} ({exc.strerror})")
+        case PermissionError():
+            return Unavailable(f"{peer} may not be opened by this user ({exc.strerror})")
+    return Broken(f"the connection to {peer} broke: {exc.strerror or exc}")
 
 
 class Stream:
@@ -51,6 +54,13 @@ class Stream:
         self.peer = peer
         self.is_local = sock.family == getattr(socket, "AF_UNIX", None)
         self._fds: list[int] = []
+        sock.setblocking(False)
+        # One read brings a small message whole; what it brings of the rest waits here.
+        self._buffer = memoryview(bytearray(READ_AHEAD))
+        self._ahead = self._buffer[:0]
+        self._poll = select.poll() if hasattr(select, "poll") else None
+        if self._poll is not None:
+            self._poll.register(sock, select.POLLIN)
         if not self.is_local:
             # Without it Nagle's algorithm holds each small reply for 40 ms.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -67,52 +77,88 @@ class Stream:
 
     def send(self, parts: Sequence[Buffer], deadline: Deadline, fds: Sequence[int] = ()) -> None:
         """Send all parts in order; `fds` travel with the first byte (Unix sockets only)."""
-        views = [view for part in parts if (view := memoryview(part).cast("B")).nbytes]
-        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, _packed(fds))] if fds else []
-        with _translated(self.peer, deadline):
-            while views:
-                self._sock.settimeout(deadline.remaining())
-                if hasattr(self._sock, "sendmsg"):
-                    sent = self._sock.sendmsg(views[:64], ancillary)
-                else:
-                    sent = self._sock.send(views[0])
-                ancillary = []
-                while views and sent >= views[0].nbytes:
-                    sent -= views.pop(0).nbytes
-                if sent:
-                    views[0] = views[0][sent:]
+        views = [view for part in parts if (view := memoryview(part)).nbytes]
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        while views:
+            sent = self._wait_for(self._send, (views, ancillary), deadline)
+            ancillary = []
+            while views and sent >= views[0].nbytes:
+                sent -= views.pop(0).nbytes
+            if sent:
+                views[0] = views[0].cast("B")[sent:]
 
-    def recv_into(self, target: Buffer, deadline: Deadline) -> None:
+    def recv_into(self, target: bytearray | memoryview, deadline: Deadline) -> None:
         """Fill `target`; raises `Broken` when the peer closes first."""
-        view = memoryview(target).cast("B")
-        with _translated(self.peer, deadline):
-            while view.nbytes:
-                self._sock.settimeout(deadline.remaining())
-                got = self._sock.recv_into(view)
-                if not got:
-                    raise EOFError
-                view = view[got:]
+        view = memoryview(target)
+        ahead = min(len(self._ahead), view.nbytes)
+        if ahead:
+            view[:ahead] = self._ahead[:ahead]
+            self._ahead = self._ahead[ahead:]
+            view = view[ahead:]
+        while view.nbytes:
+            view = view[self._wait_for(self._sock.recv_into, (view,), deadline) :]
 
     def recv_header(self, size: int, deadline: Deadline) -> bytes:
         """Read the `size` bytes that open a message, and keep the descriptors that come along."""
-        header = bytearray()
-        with _translated(self.peer, deadline):
-            while len(header) < size:
-                self._sock.settimeout(deadline.remaining())
-                got = self._recv_with_fds(size - len(header))
-                if not got:
-                    raise EOFError
-                header += got
-        return bytes(header)
+        have = len(self._ahead)
+        if have:
+            self._buffer[:have] = bytes(self._ahead)
+        while have < size:
+            have += self._wait_for(
+                self._recv_with_fds, (self._buffer[have:],), deadline, SPIN_SECONDS
+            )
+        self._ahead = self._buffer[size:have]
+        return bytes(self._buffer[:size])
 
-    def _recv_with_fds(self, size: int) -> bytes:
+    def _wait_for(
+        self,
+        operation: Callable[..., int],
+        arguments: tuple[Any, ...],
+        deadline: Deadline,
+        spin: float = 0.0,
+    ) -> int:
+        """Do it, within the deadline; zero bytes mean that the peer has closed."""
+        until = time.perf_counter() + spin if spin else 0.0
+        while True:
+            try:
+                count = operation(*arguments)
+            except (BlockingIOError, InterruptedError):
+                if not (spin and time.perf_counter() < until):
+                    self._block(is_sending=operation == self._send, deadline=deadline)
+                continue
+            except OSError as exc:
+                raise _translated(exc, self.peer, deadline) from exc
+            if not count:
+                raise Broken(f"{self.peer} closed the connection")
+            return count
+
+    def _block(self, is_sending: bool, deadline: Deadline) -> None:
+        """Sleep until the socket is ready. Raises `TimedOut`."""
+        left = deadline.remaining()
+        if self._poll is not None:
+            self._poll.modify(self._sock, select.POLLOUT if is_sending else select.POLLIN)
+            self._poll.poll(1e3 * left)
+        else:
+            mine = [self._sock]
+            select.select([] if is_sending else mine, mine if is_sending else [], [], left)
+
+    def _send(self, views: list[memoryview], ancillary: list[tuple[int, int, Any]]) -> int:
+        if not hasattr(self._sock, "sendmsg"):
+            return self._sock.send(views[0])
+        return self._sock.sendmsg(views[:MAX_PARTS], ancillary)
+
+    def _recv_with_fds(self, view: memoryview) -> int:
         if not self.is_local:
-            return self._sock.recv(size)
-        data, fds, flags, _ = socket.recv_fds(self._sock, size, MAX_FDS)
-        self._fds += fds
+            return self._sock.recv_into(view)
+        count, ancillary, flags, _ = self._sock.recvmsg_into([view], FDS_SPACE)
+        for level, kind, data in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                fds = array.array("i")
+                fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+                self._fds += fds
         if flags & socket.MSG_CTRUNC:
             raise OSError(f"more than {MAX_FDS} descriptors came with one message")
-        return data
+        return count
 
     def take_fds(self) -> list[int]:
         """Descriptors that came since the last call; the caller owns and closes them."""
@@ -122,16 +168,12 @@ class Stream:
     @property
     def peer_has_gone(self) -> bool:
         """True once the peer has closed; also true of bytes that nobody asked for."""
-        if self._sock.fileno() < 0:
+        if self._sock.fileno() < 0 or self._ahead:
             return True
-        try:
-            self._sock.settimeout(0)
-            self._sock.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True
-        return True
+        if self._poll is not None:
+            self._poll.modify(self._sock, select.POLLIN)
+            return bool(self._poll.poll(0))
+        return bool(select.select([self._sock], [], [], 0)[0])
 
     def wake(self) -> None:
         """End, from another thread, whatever the owner waits for on this stream."""
@@ -146,32 +188,30 @@ class Stream:
         self._sock.close()
 
 
-def _packed(fds: Sequence[int]) -> bytes:
-    return array.array("i", fds).tobytes()
-
-
 def connect(address: str | tuple[str, int], deadline: Deadline) -> Stream:
     """Connect to a Unix socket's path or to (host, port); raises `Unavailable`."""
     peer = address if isinstance(address, str) else f"{address[0]}:{address[1]}"
-    with _translated(peer, deadline):
+    try:
         if not isinstance(address, str):
             return Stream(socket.create_connection(address, deadline.remaining()), peer)
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            _connect_unix(sock, address, deadline)
-        except BaseException:
-            sock.close()
-            raise
-        return Stream(sock, peer)
+        return Stream(_connect_unix(address, deadline), peer)
+    except OSError as exc:
+        raise _translated(exc, peer, deadline) from exc
 
 
-def _connect_unix(sock: socket.socket, path: str, deadline: Deadline) -> None:
-    while True:
-        sock.settimeout(deadline.remaining())
-        try:
-            return sock.connect(path)
-        except BlockingIOError:
-            time.sleep(min(CONNECT_RETRY, deadline.remaining()))
+def _connect_unix(path: str, deadline: Deadline) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        while True:
+            sock.settimeout(deadline.remaining())
+            try:
+                sock.connect(path)
+                return sock
+            except BlockingIOError:
+                time.sleep(min(CONNECT_RETRY, deadline.remaining()))
+    except BaseException:
+        sock.close()
+        raise
 
 
 def listen(address: str | tuple[str, int]) -> socket.socket:

@@ -29,7 +29,10 @@ class Worker(Generic[M]):
 
     def calls(self) -> dict[str, Callable[..., Any]]:
         """The methods that every authenticated client may call."""
-        return {"load": self.load, "status": self.status}
+        return {"load": self.load, "ping": self.ping, "status": self.status}
+
+    def ping(self, call: Call) -> None:
+        """Nothing, as fast as the wire can: to see who is there, and what a call costs."""
 
     def load(self, call: Call, model: dict[str, Any]) -> dict[str, Any]:
         """Load a model from an allowed directory ahead of its first use."""
