@@ -1,8 +1,54 @@
-"""Fixtures that every test may ask for, and the checks that every test must pass."""
+"""Fixtures that every test may ask for, and what must be left behind by none."""
 
 from __future__ import annotations
 
 import os
 
-# Before torch is imported: two test processes at once would fight for the cores.
+# Before torch is imported: processes side by side would fight for the cores, and on a CPU the
+# number of threads shows in the last bits, so that ours and the services' must be one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import threading
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.helpers import wait_until
+
+
+def held() -> dict[str, set[str]]:
+    """What this process holds that could leak: children, threads, sockets, shared memory."""
+    descriptors = Path("/proc/self/fd")
+    links = {os.readlink(fd) for fd in descriptors.iterdir() if fd.is_symlink()}
+    return {
+        "processes": {str(child.pid) for child in psutil.Process().children(recursive=True)},
+        "threads": {thread.name for thread in threading.enumerate()},
+        "descriptors": {link for link in links if link.startswith(("socket:", "/memfd:luna"))},
+        "shared memory": set(os.listdir("/dev/shm")),
+    }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_is_left_behind():
+    before = held() if os.path.isdir("/proc/self/fd") else None
+    yield
+    if before is not None:
+        wait_until(lambda: all(now <= before[kind] for kind, now in held().items()))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_dir(tmp_path_factory):
+    """The demo models are made once for the whole run, and not in the user's own cache."""
+    if "LUNA_MP_CACHE_DIR" not in os.environ:
+        os.environ["LUNA_MP_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def runtime_dir(tmp_path_factory, monkeypatch):
+    """A runtime directory of the test's own, short enough for sockets; clients find it."""
+    path = tmp_path_factory.mktemp("run", numbered=True)
+    path.chmod(0o700)
+    monkeypatch.setenv("LUNA_MP_RUNTIME_DIR", str(path))
+    monkeypatch.delenv("LUNA_MP_AUTHKEY", raising=False)
+    return path
