@@ -80,6 +80,7 @@ def _per_service(name: str, help: str, **options: Any) -> Callable[..., Any]:
 @click.option("--host", help="Address for TCP; loopback unless --expose.")
 @click.option("--expose", is_flag=True, default=None, help="Let other machines reach TCP.")
 @click.option("--allow", multiple=True, type=_DIR, help="Where clients may load models from.")
+@click.option("--max-leased", type=int, help="Bytes of GPU results that one client may hold.")
 @click.option("--comfyui", type=_DIR, envvar="COMFYUI_PATH", help="ComfyUI whose loaders to use.")
 @click.option("--runtime-dir", type=_DIR, help="Directory of the sockets and the key.")
 @click.option("--authkey-file", type=_FILE, help="File that holds the key.")
@@ -115,7 +116,7 @@ def _said(flags: dict[str, Any]) -> Settings:
         role, _, own = name.partition("_")
         if role in ROLES:
             said.table(role)["models" if own == "model" else own] = value
-        elif name in ("host", "expose", "allow", "comfyui"):
+        elif name in ("host", "expose", "allow", "comfyui", "max_leased"):
             for each in ROLES:
                 said.table(each)[name] = value
         else:

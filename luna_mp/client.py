@@ -19,6 +19,7 @@ from luna_mp.deadline import Deadline
 from luna_mp.errors import BadConfig, Broken, LunaError, Rejected, Unavailable, revive
 from luna_mp.models.base import Conditioning
 from luna_mp.wire import handshake, probe, stream
+from luna_mp.wire.carrier import CarrierFailed
 from luna_mp.wire.channel import Channel
 
 __all__ = ("ClipProxy", "Luna", "VaeProxy", "connect")
@@ -42,7 +43,9 @@ class _Endpoint:
     `locate` is asked again for each connection, since a service may come back elsewhere.
     """
 
-    def __init__(self, role: Role, locate: Callable[[], Address], key: bytes) -> None:
+    def __init__(
+        self, role: Role, locate: Callable[[], Address], key: bytes, wants_gpu: bool = False
+    ) -> None:
         self.role = role
         self.carrier = ""
         self.reason = ""
@@ -50,6 +53,9 @@ class _Endpoint:
         self._key = key
         self._client_id = uuid.uuid4().hex
         self._max_message = ServiceConfig.max_message
+        self._wants_gpu = wants_gpu
+        #: why the GPU is not shared any more, after that failed in mid-life
+        self._avoided = ""
         self._lock = threading.Lock()
         self._slots = threading.BoundedSemaphore(MAX_CONNECTIONS)
         self._idle: list[Channel] = []
@@ -62,14 +68,27 @@ class _Endpoint:
         return f"<Endpoint {self.role}: {state}>"
 
     def call(
-        self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], seconds: float
+        self,
+        method: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        seconds: float,
+        device: str = "",
     ) -> Any:
-        """Make one call. Raises `LunaError`; any other call is unaffected by its failure."""
+        """Make one call; `device` "cpu" wants its tensors there.
+
+        Raises `LunaError`; any other call is unaffected by its failure.
+        """
         deadline = Deadline(seconds, f"{self.role}.{method}")
         if not self._slots.acquire(timeout=deadline.remaining()):
             deadline.remaining()
+        request = {"method": method, "args": args, "kwargs": kwargs, "device": device}
         try:
-            reply = self._exchange(method, args, kwargs, deadline)
+            reply = self._exchange(request, deadline)
+        except CarrierFailed as exc:
+            logger.warning("%s: %s; tensors go by shared memory from now on", self.role, exc)
+            self._avoid(str(exc))
+            reply = self._exchange(request, deadline)
         finally:
             self._slots.release()
         if "error" in reply:
@@ -87,16 +106,17 @@ class _Endpoint:
         for channel in idle:
             channel.close()
 
-    def _exchange(
-        self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: Deadline
-    ) -> dict[str, Any]:
+    def _avoid(self, reason: str) -> None:
+        """Share the GPU no more; connections that do are closed."""
+        with self._lock:
+            self._avoided = reason
+            idle, self._idle = self._idle, []
+        for channel in idle:
+            channel.close()
+
+    def _exchange(self, request: dict[str, Any], deadline: Deadline) -> dict[str, Any]:
         channel = self._take(deadline)
-        request = {
-            "method": method,
-            "args": args,
-            "kwargs": kwargs,
-            "timeout": deadline.remaining(),
-        }
+        request["timeout"] = deadline.remaining()
         try:
             channel.send(request, deadline)
         except Rejected:
@@ -107,10 +127,13 @@ class _Endpoint:
             raise
         try:
             reply = channel.recv(deadline)
+        except CarrierFailed:
+            channel.close()
+            raise
         except Broken as exc:
             channel.close()
             raise Broken(
-                f"the {self.role} service was lost during {method} ({exc}); "
+                f"the {self.role} service was lost during {request['method']} ({exc}); "
                 "if it is restarted, the next call finds it again"
             ) from exc
         except BaseException:
@@ -169,7 +192,7 @@ class _Endpoint:
             mine = handshake.identity(self._client_id, self._max_message)
             theirs = handshake.greet(connected, self._key, mine)
             channel.max_message = min(self._max_message, theirs.max_message)
-            self.reason = probe.choose(channel)
+            self.reason = probe.choose(channel, self._wants_gpu, self._avoided)
         except BaseException:
             channel.close()
             raise
@@ -188,11 +211,13 @@ class _Proxy:
         name = ", ".join(self._model["paths"]) if self._model else "default"
         return f"<{type(self).__name__} {name} by {self._endpoint.carrier}>"
 
-    def _call(self, method: str, *args: Any, timeout: float, **kwargs: Any) -> Any:
+    def _call(
+        self, method: str, *args: Any, timeout: float, device: str = "", **kwargs: Any
+    ) -> Any:
         if self._model is not None:
             # By description, not by handle: a restarted service loads it again by itself.
             kwargs["model"] = self._model
-        return self._endpoint.call(method, args, kwargs, timeout)
+        return self._endpoint.call(method, args, kwargs, timeout, device)
 
     def _described(self, path: Any, type: str, dtype: str, source: str) -> dict[str, Any]:
         paths = [path] if isinstance(path, (str, os.PathLike)) else list(path)
@@ -213,25 +238,41 @@ class VaeProxy(_Proxy):
     """A VAE in another process. Tensors come and go on the CPU unless a carrier can do better."""
 
     def decode(
-        self, latent: torch.Tensor, *, tiled: bool = False, timeout: float = CALL_SECONDS
+        self,
+        latent: torch.Tensor,
+        *,
+        tiled: bool = False,
+        device: str = "",
+        timeout: float = CALL_SECONDS,
     ) -> torch.Tensor:
         """Image, float32 [B, H, W, C] 0..1, for a latent as the autoencoder takes it, unscaled.
 
         `tiled` decodes in overlapping tiles; so does the service once when memory is short.
+        `device="cpu"` wants the image on the CPU; otherwise it stays on the service's GPU where
+        that is shared (see `Luna.carriers`).
         Raises `Rejected` for a latent that the model cannot take, `OutOfMemory`, `RemoteFailure`,
         `TimedOut` after `timeout` seconds, `Broken` and `Unavailable`.
         """
-        image: torch.Tensor = self._call("decode", latent, tiled=tiled, timeout=timeout)
+        image: torch.Tensor = self._call(
+            "decode", latent, tiled=tiled, device=device, timeout=timeout
+        )
         return image
 
     def encode(
-        self, image: torch.Tensor, *, tiled: bool = False, timeout: float = CALL_SECONDS
+        self,
+        image: torch.Tensor,
+        *,
+        tiled: bool = False,
+        device: str = "",
+        timeout: float = CALL_SECONDS,
     ) -> torch.Tensor:
         """Mode of the posterior, unscaled, in the model's dtype, for an image [B, H, W, C] 0..1.
 
         Raises what `decode` raises.
         """
-        latent: torch.Tensor = self._call("encode", image, tiled=tiled, timeout=timeout)
+        latent: torch.Tensor = self._call(
+            "encode", image, tiled=tiled, device=device, timeout=timeout
+        )
         return latent
 
     def load(
@@ -255,12 +296,12 @@ class VaeProxy(_Proxy):
 class ClipProxy(_Proxy):
     """Text encoders in another process."""
 
-    def encode(self, text: str, *, timeout: float = CALL_SECONDS) -> Conditioning:
+    def encode(self, text: str, *, device: str = "", timeout: float = CALL_SECONDS) -> Conditioning:
         """Conditioning of a prompt: cond [1, tokens, width], pooled or None, extras.
 
         Raises `Rejected` for what is not a prompt, and what `VaeProxy.decode` raises.
         """
-        conditioning = Conditioning(*self._call("encode", text, timeout=timeout))
+        conditioning = Conditioning(*self._call("encode", text, device=device, timeout=timeout))
         if dropped := conditioning.extras.get("truncated"):
             logger.warning("the prompt is longer than the model reads: %s tokens cut", dropped)
         return conditioning
@@ -320,7 +361,7 @@ class Luna:
 
     @property
     def carriers(self) -> dict[str, str]:
-        """How tensors travel, by service: "shm" or "inline"."""
+        """How tensors travel, by service: "cuda", "shm" or "inline"."""
         return {role: endpoint.carrier for role, endpoint in self._endpoints.items()}
 
     @property
@@ -362,12 +403,14 @@ def connect(
     authkey: bytes | str | None = None,
     authkey_file: str = "",
     runtime_dir: str = "",
+    gpu: bool = True,
     timeout: float = CONNECT_SECONDS,
 ) -> Luna:
     """Connect to this user's services on this machine, or to those at the addresses given.
 
     `clip`, `vae`  "host:port", or the path of a service's socket; with neither, both are looked for
     `authkey`      the services' key: bytes, or text as in LUNA_MP_AUTHKEY
+    `gpu`          use the services' GPU memory, which opens the GPU in this process; False: never
     `timeout`      seconds for the whole; each later call has its own
 
     Raises `Unavailable` where nothing answers, `WrongKey`, `WrongVersion`, `TimedOut`, `BadConfig`.
@@ -376,6 +419,7 @@ def connect(
     key = runtime.parse_key(authkey) if authkey else runtime.authkey(authkey_file, directory)
     named: dict[Role, str | None] = {"clip": clip, "vae": vae}
     is_named = any(named.values())
+    wants_gpu = gpu and torch.cuda.is_available()
     luna = Luna({})
     missing: LunaError | None = None
     deadline = Deadline(timeout, "connecting to luna-mp")
@@ -383,7 +427,7 @@ def connect(
         address = named[role]
         if is_named and not address:
             continue
-        endpoint = _Endpoint(role, _locator(role, address, directory), key)
+        endpoint = _Endpoint(role, _locator(role, address, directory), key, wants_gpu)
         try:
             endpoint.open(deadline)
         except Unavailable as exc:

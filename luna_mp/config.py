@@ -57,6 +57,8 @@ class ServiceConfig:
     expose: bool = False
     #: most bytes of one message, tensors included
     max_message: int = 4 << 30
+    #: bytes of results on the GPU that one client process may hold; 0: a quarter of the card
+    max_leased: int = 0
     #: models held at once besides the default one
     max_models: int = 4
     #: bytes of conditioning that the CLIP service remembers
@@ -127,6 +129,7 @@ _TABLE: dict[str, type] = {
     "port": int,
     "expose": bool,
     "max_message": int,
+    "max_leased": int,
     "max_models": int,
     "cache_bytes": int,
 }
@@ -211,7 +214,7 @@ def _checked_service(service: ServiceConfig) -> ServiceConfig:
         )
     if not 0 <= service.port <= 65535:
         raise BadConfig(f"port {service.port} of {service.role} is outside 0 to 65535")
-    for name in ("max_message", "max_models", "cache_bytes", "grace"):
+    for name in ("max_message", "max_leased", "max_models", "cache_bytes", "grace"):
         if getattr(service, name) < 0:
             raise BadConfig(f"{name} of {service.role} is {getattr(service, name)}, below zero")
     if not service.expose and not _is_loopback(service.host):

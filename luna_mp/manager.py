@@ -15,49 +15,25 @@ import os
 import selectors
 import socket
 import threading
-import traceback
-from collections.abc import Callable, Mapping
 from functools import partial
 from multiprocessing import managers
 from typing import Any
 
+from luna_mp.calls import Calls, Exposed
 from luna_mp.deadline import Deadline
-from luna_mp.errors import Broken, LunaError, Rejected, TimedOut, Unavailable
-from luna_mp.sessions import Session, Sessions
+from luna_mp.errors import LunaError, Unavailable
+from luna_mp.sessions import Sessions
 from luna_mp.wire import handshake, probe, stream
 from luna_mp.wire.channel import Channel
 from luna_mp.wire.stream import Stream
 
-__all__ = ("Call", "LocalManager", "Manager", "RemoteManager", "Server")
+__all__ = ("LocalManager", "Manager", "RemoteManager", "Server")
 
 logger = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 256
 MAX_HANDSHAKES = 64  # strangers at once; each has five seconds
-IDLE_SECONDS = 3600.0  # a client that needs a connection again opens one in a millisecond
-SEND_SECONDS = 60.0  # for a client to take its reply
-MAX_CALL_SECONDS = 24 * 3600.0
 ACCEPT_SECONDS = 0.5  # between two looks at whether to stop
-CONTROL_SECONDS = 5.0  # for a refusal to leave
-
-Exposed = Mapping[str, Callable[..., Any]]
-
-
-class Call:
-    """One request under way, as the worker sees it."""
-
-    def __init__(self, channel: Channel, session: Session, method: str, seconds: float) -> None:
-        self._stream = channel.stream
-        self.client = session.identity.client_id
-        self.method = method
-        self.deadline = Deadline(seconds, f"{method} for client {self.client[:8]}")
-
-    def __repr__(self) -> str:
-        return f"<Call {self.method} of {self.client[:8]}>"
-
-    def is_abandoned(self) -> bool:
-        """True once nobody waits for the result: the client has gone, or has given up."""
-        return self.deadline.has_passed or self._stream.peer_has_gone
 
 
 class _Listener:
@@ -122,7 +98,7 @@ class Server(managers.Server):
         authkey: bytes,
         sessions: Sessions,
         max_message: int,
-        pin: bool,
+        exporter: Any,
     ) -> None:
         super().__init__({}, address, authkey, "luna")
         self.name = name
@@ -130,7 +106,7 @@ class Server(managers.Server):
         self._exposed = exposed
         self._sessions = sessions
         self._max_message = max_message
-        self._pin = pin
+        self._exporter = exporter
         self._identity = handshake.identity("", max_message)
         self._stop = threading.Event()
         self._threads: dict[threading.Thread, Stream] = {}
@@ -191,7 +167,10 @@ class Server(managers.Server):
                 identity = self._authenticate(accepted)
                 session = self._sessions.join(identity, accepted.peer)
                 try:
-                    self._serve(channel, session)
+                    answerer = probe.Answerer(channel, identity, self._exporter)
+                    self._serve(
+                        Calls(self.name, self._exposed, channel, session, self._sessions, answerer)
+                    )
                 finally:
                     self._sessions.leave(session)
         except LunaError as exc:
@@ -208,20 +187,15 @@ class Server(managers.Server):
             with self._idle:
                 self._handshakes -= 1
 
-    def _serve(self, channel: Channel, session: Session) -> None:
+    def _serve(self, calls: Calls) -> None:
         thread = threading.current_thread()
         while not self._stop.is_set():
-            try:
-                request = channel.recv(Deadline(IDLE_SECONDS, "an idle connection"))
-            except (Broken, TimedOut):
+            request = calls.next()
+            if request is None:
                 return
-            except Rejected as exc:
-                # What follows cannot be told from the rest of the bad message.
-                channel.send(_failure(exc), Deadline(CONTROL_SECONDS, "a refusal"))
-                raise
             self._busy.add(thread)
             try:
-                self._answer(channel, session, request)
+                calls.answer(request)
             finally:
                 # Inputs go after the reply left: letting go of CUDA memory waits for the GPU.
                 del request
@@ -229,53 +203,6 @@ class Server(managers.Server):
                 if self._stop.is_set():
                     with self._idle:
                         self._idle.notify_all()
-
-    def _answer(self, channel: Channel, session: Session, request: dict[str, Any]) -> None:
-        reply = self._reply(channel, session, request)
-        deadline = Deadline(SEND_SECONDS, f"{channel.stream.peer} taking its reply")
-        try:
-            channel.send(reply, deadline)
-        except Rejected as exc:
-            channel.send(_failure(exc), deadline)
-
-    def _reply(self, channel: Channel, session: Session, request: dict[str, Any]) -> dict[str, Any]:
-        try:
-            if "method" not in request:
-                reply = probe.answer(channel, request, self._pin)
-                if "use" in request:
-                    self._sessions.agree(session, channel.carrier, request["reason"])
-                return reply
-            result = self._call(channel, session, request)
-        except Exception as exc:  # the one boundary: what a worker raises becomes data
-            self._sessions.count(session, failed=True)
-            return _failure(exc)
-        self._sessions.count(session, failed=False)
-        return {"result": result}
-
-    def _call(self, channel: Channel, session: Session, request: dict[str, Any]) -> Any:
-        match request:
-            case {
-                "method": str(method),
-                "args": tuple(args),
-                "kwargs": dict(kwargs),
-                "timeout": int() | float() as seconds,
-            }:
-                pass
-            case _:
-                raise Rejected(f"a request is malformed: it has {sorted(map(str, request))}")
-        if method not in self._exposed:
-            raise Rejected(
-                f"{method!r:.60} is not a call that {self.name} takes from "
-                f"{session.origin}; it takes {', '.join(sorted(self._exposed))}"
-            )
-        call = Call(channel, session, method, min(max(seconds, 0.0), MAX_CALL_SECONDS))
-        return self._exposed[method](call, *args, **kwargs)
-
-
-def _failure(exc: Exception) -> dict[str, Any]:
-    text = str(exc) if isinstance(exc, LunaError) else f"{type(exc).__name__}: {exc}"
-    trace = "".join(traceback.format_exception(exc))
-    return {"error": text, "kind": type(exc).__name__, "traceback": trace}
 
 
 class Manager(managers.BaseManager):
@@ -289,10 +216,13 @@ class Manager(managers.BaseManager):
         authkey: bytes,
         sessions: Sessions,
         max_message: int,
-        pin: bool = False,
+        exporter: Any = None,
     ) -> None:
+        """`exporter`: the process's `wire.cuda.Exporter`, where the worker is on a GPU."""
         super().__init__(address, authkey, serializer="luna")
-        self._server = partial(Server, name, exposed, address, authkey, sessions, max_message, pin)
+        self._server = partial(
+            Server, name, exposed, address, authkey, sessions, max_message, exporter
+        )
 
     def get_server(self) -> Server:
         """The server, listening. Raises `LunaError` where the address cannot be had."""

@@ -21,6 +21,7 @@ from dataclasses import asdict
 from typing import Any, cast
 
 import psutil
+import torch
 
 from luna_mp import runtime
 from luna_mp.config import ServiceConfig
@@ -57,6 +58,7 @@ class Service:
         self._started = time.time()
         self._sessions = Sessions()
         self._worker = _build(config)
+        self._exporter = _exporter(self._worker.device, config.max_leased)
         self._servers: list[Server] = []
         self._threads: list[threading.Thread] = []
         self._port = config.port
@@ -96,12 +98,19 @@ class Service:
             server.stop(max(end - time.monotonic(), 0.0))
         for thread in self._threads:
             thread.join()
+        if self._exporter is not None:
+            self._exporter.book.close()
 
     def _serve(self, manager: type[Manager], address: Any, calls: dict[str, Any]) -> Server:
         config = self._config
-        pin = self._worker.device.type == "cuda"
         server = manager(
-            config.role, calls, address, self._key, self._sessions, config.max_message, pin
+            config.role,
+            calls,
+            address,
+            self._key,
+            self._sessions,
+            config.max_message,
+            self._exporter,
         ).get_server()
         thread = threading.Thread(target=server.serve_forever, name=repr(server), daemon=True)
         thread.start()
@@ -118,6 +127,7 @@ class Service:
             "rss": psutil.Process().memory_info().rss,
             **self._worker.status(call),
             **self._sessions.to_data(),
+            "leases": self._exporter.book.to_data() if self._exporter else {},
         }
 
     def _stop(self, call: Call) -> None:
@@ -137,6 +147,15 @@ def _build(config: ServiceConfig) -> Worker[Any]:
         clips = Library(lambda spec: load_clip(spec, str(device), config.comfyui), *options)
         return ClipWorker(clips, config.cache_bytes)
     return VaeWorker(Library(lambda spec: load_vae(spec, str(device), config.comfyui), *options))
+
+
+def _exporter(device: torch.device, most: int) -> Any:
+    """What hands out results on the GPU, or None where it cannot; `most`: 0 for a quarter."""
+    if device.type != "cuda" or sys.platform == "win32":
+        return None
+    from luna_mp.wire.cuda import Exporter
+
+    return Exporter(device, most or torch.cuda.get_device_properties(device).total_memory // 4)
 
 
 def main() -> int:

@@ -5,17 +5,30 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-__all__ = ("Carrier", "Incoming", "NoRoom", "Outgoing")
+from luna_mp.errors import Broken
+
+__all__ = ("Carrier", "CarrierFailed", "Fence", "Incoming", "NoRoom", "Outgoing")
 
 Token = tuple[Any, ...]
 
 
+class Fence(Protocol):
+    """Work on a GPU that was queued; a `torch.cuda.Event` is one."""
+
+    def query(self) -> bool:
+        """True once that work is done."""
+
+
 class NoRoom(Exception):
     """Raised by `pack` when the carrier cannot take this tensor now; another carrier will."""
+
+
+class CarrierFailed(Broken):
+    """Raised by a client that cannot open what came; the call is made again by another carrier."""
 
 
 @dataclass
@@ -26,6 +39,10 @@ class Outgoing:
     fds: list[int] = field(default_factory=list)
     #: keeps the memory behind `parts` until it is sent
     kept: list[object] = field(default_factory=list)
+    #: the work behind which the tensors are ready: a `torch.cuda.Event`, or None for "now"
+    after: Fence | None = None
+    #: tensors are wanted in the memory of the host, wherever they are
+    to_host: bool = False
     #: what gives back what carriers took for this message, should it never leave
     undo: list[Callable[[], None]] = field(default_factory=list)
 
@@ -52,6 +69,10 @@ class Carrier(ABC):
     @abstractmethod
     def unpack(self, token: Token, source: Incoming) -> torch.Tensor:
         """The tensor behind a token: writable, private to the caller. Raises `Rejected`."""
+
+    def settle(self, after: Fence | None) -> None:
+        """The service's call that used what was unpacked has queued its work, up to `after`."""
+        return None
 
     def close(self) -> None:
         """Let go of what the carrier holds; tensors that were handed out stay valid."""

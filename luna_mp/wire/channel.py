@@ -7,6 +7,7 @@ Descriptors of new shared segments travel with the header.
 
 from __future__ import annotations
 
+import logging
 import os
 import struct
 from collections.abc import Mapping
@@ -18,20 +19,18 @@ import torch
 from luna_mp.deadline import Deadline
 from luna_mp.errors import Rejected
 from luna_mp.wire import codec
-from luna_mp.wire.carrier import Carrier, Incoming, NoRoom, Outgoing, Token
+from luna_mp.wire.carrier import Carrier, Fence, Incoming, NoRoom, Outgoing, Token
 from luna_mp.wire.inline import InlineCarrier
 from luna_mp.wire.stream import Stream
 
-__all__ = ("Channel", "Unanswerable")
+__all__ = ("Channel",)
+
+logger = logging.getLogger(__name__)
 
 HEADER = struct.Struct("!IQ")
 MAX_PICKLED = 64 << 20  # bytes; a prompt of ten thousand words takes a tenth of one MiB
 INLINE_BELOW = 32 << 10  # bytes; smaller tensors cost less beside the message than in a segment
 MESSAGE_SECONDS = 60.0  # for a message to arrive once its first byte has
-
-
-class Unanswerable(Rejected):
-    """A message that was read to its end and refused: the connection can go on."""
 
 
 class Channel:
@@ -42,7 +41,8 @@ class Channel:
         self.max_message = max_message
         self._inline = InlineCarrier()
         self._carriers: dict[str, Carrier] = {"inline": self._inline}
-        self._preferred: Carrier = self._inline
+        # The fastest first; inline, which takes everything, is the last resort.
+        self._order: list[Carrier] = []
 
     def __repr__(self) -> str:
         return f"<Channel {self.stream!r} by {self.carrier}>"
@@ -60,29 +60,44 @@ class Channel:
 
     @property
     def carrier(self) -> str:
-        """Name of the carrier that tensors take, unless they are small."""
-        return self._preferred.name
+        """Name of the fastest carrier in use; small tensors of the host go inline all the same."""
+        return self._order[0].name if self._order else "inline"
 
     def use(self, carrier: Carrier) -> None:
-        """Send by `carrier` from now on, and understand what comes by it."""
+        """Prefer `carrier` from now on, and understand what comes by it."""
         self._carriers[carrier.name] = carrier
-        self._preferred = carrier
+        self._order.insert(0, carrier)
 
-    def demote(self) -> None:
-        """Send inline from now on; what is still under way by another carrier is understood."""
-        self._preferred = self._inline
+    def demote(self, name: str) -> None:
+        """Send no more by that carrier; what is still under way by it is understood."""
+        self._order = [carrier for carrier in self._order if carrier.name != name]
 
-    def send(self, message: Mapping[str, Any], deadline: Deadline) -> None:
-        """Send one message. `Unsendable` and `Rejected` leave the channel as it was."""
-        out = Outgoing()
+    def settle(self, after: Fence | None) -> None:
+        """What was received is in use until the work behind `after` is done."""
+        for carrier in self._order:
+            carrier.settle(after)
+
+    def send(
+        self,
+        message: Mapping[str, Any],
+        deadline: Deadline,
+        after: Fence | None = None,
+        to_host: bool = False,
+    ) -> None:
+        """Send one message. `Unsendable` and `Rejected` leave the channel as it was.
+
+        `after`: the event behind the work that makes the tensors; `to_host`: none stays on a GPU.
+        """
+        out = Outgoing(after=after, to_host=to_host)
         try:
             pickled = codec.dumps(message, lambda tensor: self._pack(tensor, out))
-            self._check_size(pickled.nbytes, sum(part.nbytes for part in out.parts))
+            inline = sum(part.nbytes for part in out.parts)
+            self._check_size(pickled.nbytes, inline)
         except BaseException:
             for undo in reversed(out.undo):
                 undo()
             raise
-        header = HEADER.pack(pickled.nbytes, sum(part.nbytes for part in out.parts))
+        header = HEADER.pack(pickled.nbytes, inline)
         self.stream.send([header, pickled, *out.parts], deadline, out.fds)
 
     def recv(self, deadline: Deadline) -> dict[str, Any]:
@@ -111,13 +126,13 @@ class Channel:
         self.stream.close()
 
     def _pack(self, tensor: torch.Tensor, out: Outgoing) -> Token:
-        carrier = self._preferred
-        if tensor.numel() * tensor.itemsize < INLINE_BELOW and not tensor.is_cuda:
-            carrier = self._inline
-        try:
-            return (carrier.name, *carrier.pack(tensor, out))
-        except NoRoom:
-            return ("inline", *self._inline.pack(tensor, out))
+        is_small = tensor.numel() * tensor.itemsize < INLINE_BELOW and not tensor.is_cuda
+        for carrier in () if is_small else self._order:
+            try:
+                return (carrier.name, *carrier.pack(tensor, out))
+            except NoRoom as exc:
+                logger.debug("%s: %s", carrier.name, exc)
+        return ("inline", *self._inline.pack(tensor, out))
 
     def _unpack(self, token: Any, source: Incoming) -> torch.Tensor:
         if not (isinstance(token, tuple) and token and token[0] in self._carriers):

@@ -17,6 +17,8 @@ class InlineCarrier(Carrier):
 
     def pack(self, tensor: torch.Tensor, out: Outgoing) -> Token:
         how, run = layout.flatten(tensor)
+        if run.is_cuda and isinstance(out.after, torch.cuda.Event):
+            out.after.synchronize()
         run = run.cpu()
         out.parts.append(layout.memory_of(run))
         out.kept.append(run)

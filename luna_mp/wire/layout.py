@@ -13,7 +13,7 @@ import torch
 
 from luna_mp.errors import Rejected, Unsendable
 
-__all__ = ("Layout", "flatten", "memory_of", "restore")
+__all__ = ("Layout", "flatten", "memory_of", "name_of", "parse", "restore")
 
 MAX_DIMS = 64  # torch's own limit
 
@@ -100,6 +100,13 @@ def parse(token: tuple[object, ...], limit: int) -> Layout:
     if largest > limit:
         raise Rejected(f"a tensor of {largest} bytes is over the limit of {limit} bytes a message")
     return layout
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """The name by which a dtype travels. Raises `Unsendable`."""
+    if dtype not in _NAMES:
+        raise Unsendable(f"a tensor of {dtype}: quantized tensors cannot be sent")
+    return _NAMES[dtype]
 
 
 def memory_of(run: torch.Tensor) -> memoryview:

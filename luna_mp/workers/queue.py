@@ -27,6 +27,8 @@ class Call(Protocol):
 
     client: str
     method: str
+    after: Any
+    """Set by the worker: the event behind the work that it queued on a GPU."""
 
     def is_abandoned(self) -> bool:
         """True once nobody waits for the result."""

@@ -1,0 +1,131 @@
+"""One connection of a service: requests come in, replies go out, errors become data."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from luna_mp.deadline import Deadline
+from luna_mp.errors import Broken, LunaError, Rejected, TimedOut
+from luna_mp.sessions import Session, Sessions
+from luna_mp.wire.carrier import Fence
+from luna_mp.wire.channel import Channel
+from luna_mp.wire.probe import Answerer
+
+__all__ = ("Call", "Calls", "Exposed")
+
+IDLE_SECONDS = 3600.0  # a client that needs a connection again opens one in a millisecond
+SEND_SECONDS = 60.0  # for a client to take its reply
+REFUSAL_SECONDS = 5.0
+MAX_CALL_SECONDS = 24 * 3600.0
+
+Exposed = Mapping[str, Callable[..., Any]]
+
+
+class Call:
+    """One request under way, as the worker sees it."""
+
+    def __init__(self, channel: Channel, session: Session, method: str, seconds: float) -> None:
+        self._stream = channel.stream
+        self.client = session.identity.client_id
+        self.method = method
+        #: the event behind the work that the worker queued, where that is on a GPU
+        self.after: Fence | None = None
+        self.deadline = Deadline(seconds, f"{method} for client {self.client[:8]}")
+
+    def __repr__(self) -> str:
+        return f"<Call {self.method} of {self.client[:8]}>"
+
+    def is_abandoned(self) -> bool:
+        """True once nobody waits for the result: the client has gone, or has given up."""
+        return self.deadline.has_passed or self._stream.peer_has_gone
+
+
+class Calls:
+    """What one authenticated client asks on one connection. Belongs to that connection's thread."""
+
+    def __init__(
+        self,
+        name: str,
+        exposed: Exposed,
+        channel: Channel,
+        session: Session,
+        sessions: Sessions,
+        answerer: Answerer,
+    ) -> None:
+        self._name = name
+        self._exposed = exposed
+        self._channel = channel
+        self._session = session
+        self._sessions = sessions
+        self._answerer = answerer
+
+    def next(self) -> dict[str, Any] | None:
+        """The next request, or None when there will be none. Raises `Rejected` for garbage."""
+        try:
+            return self._channel.recv(Deadline(IDLE_SECONDS, "an idle connection"))
+        except (Broken, TimedOut):
+            return None
+        except Rejected as exc:
+            # What follows cannot be told from the rest of the bad message.
+            self._channel.send(_failure(exc), Deadline(REFUSAL_SECONDS, "a refusal"))
+            raise
+
+    def answer(self, request: dict[str, Any]) -> None:
+        """Reply to one request. Raises `LunaError` when the client does not take its reply."""
+        call = None
+        try:
+            if "method" in request:
+                call = self._call(request)
+                arguments, keywords = request["args"], request["kwargs"]
+                reply = {"result": self._exposed[call.method](call, *arguments, **keywords)}
+            else:
+                reply = self._agree(request)
+        except Exception as exc:  # the one boundary: what a worker raises becomes data
+            reply = _failure(exc)
+        # On a GPU the inputs are read until the work is done, which the reply does not wait for.
+        self._channel.settle(call.after if call else None)
+        self._sessions.count(self._session, failed="error" in reply)
+        deadline = Deadline(SEND_SECONDS, f"{self._channel.stream.peer} taking its reply")
+        try:
+            self._channel.send(
+                reply,
+                deadline,
+                after=call.after if call else None,
+                to_host=request.get("device") == "cpu",
+            )
+        except Rejected as exc:
+            self._channel.send(_failure(exc), deadline)
+
+    def _agree(self, request: dict[str, Any]) -> dict[str, Any]:
+        reply = self._answerer.answer(request)
+        if "use" in request:
+            self._sessions.agree(self._session, self._channel.carrier, request["reason"])
+        return reply
+
+    def _call(self, request: dict[str, Any]) -> Call:
+        match request:
+            case {
+                "method": str(method),
+                "args": tuple(),
+                "kwargs": dict(),
+                "timeout": int() | float() as seconds,
+            }:
+                pass
+            case _:
+                raise Rejected(f"a request is malformed: it has {sorted(map(str, request))}")
+        if method not in self._exposed:
+            raise Rejected(
+                f"{method!r:.60} is not a call that {self._name} takes from "
+                f"{self._session.origin}; it takes {', '.join(sorted(self._exposed))}"
+            )
+        call = Call(self._channel, self._session, method, min(max(seconds, 0.0), MAX_CALL_SECONDS))
+        self._answerer.wait_for_room(call.deadline)
+        return call
+
+
+def _failure(exc: Exception) -> dict[str, Any]:
+    text = str(exc) if isinstance(exc, LunaError) else f"{type(exc).__name__}: {exc}"
+    trace = "".join(traceback.format_exception(exc))
+    return {"error": text, "kind": type(exc).__name__, "traceback": trace}
