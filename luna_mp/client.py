@@ -33,6 +33,7 @@ RECONNECT_SECONDS = 60.0
 RETRY_SECONDS = (0.02, 1.0)  # between two attempts, at first and at most
 MAX_CONNECTIONS = 16  # of one client to one service; more threads than that wait
 MAX_IDLE = 4
+WATCH_SECONDS = 0.5  # between two looks at whether the service is there, while its GPU is shared
 
 Address = str | tuple[str, int]
 
@@ -62,6 +63,8 @@ class _Endpoint:
         self._pid = os.getpid()
         self._was_there = False
         self._is_closed = False
+        self._closing = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name=f"{role} watcher", daemon=True)
 
     def __repr__(self) -> str:
         state = "closed" if self._is_closed else f"{self.carrier}, {len(self._idle)} idle"
@@ -105,6 +108,18 @@ class _Endpoint:
             idle, self._idle = self._idle, []
         for channel in idle:
             channel.close()
+        self._closing.set()
+        if self._watcher.ident is not None:
+            self._watcher.join()
+
+    def _watch(self) -> None:
+        """Close connections whose service died: what they map would keep its VRAM taken."""
+        while not self._closing.wait(WATCH_SECONDS):
+            with self._lock:
+                gone = [channel for channel in self._idle if channel.stream.peer_has_gone]
+                self._idle = [channel for channel in self._idle if channel not in gone]
+            for channel in gone:
+                channel.close()
 
     def _avoid(self, reason: str) -> None:
         """Share the GPU no more; connections that do are closed."""
@@ -192,11 +207,14 @@ class _Endpoint:
             mine = handshake.identity(self._client_id, self._max_message)
             theirs = handshake.greet(connected, self._key, mine)
             channel.max_message = min(self._max_message, theirs.max_message)
-            self.reason = probe.choose(channel, self._wants_gpu, self._avoided)
+            self.reason = probe.choose(channel, theirs, self._wants_gpu, self._avoided)
         except BaseException:
             channel.close()
             raise
         self.carrier = channel.carrier
+        with self._lock:
+            if self.carrier == "cuda" and self._watcher.ident is None and not self._is_closed:
+                self._watcher.start()
         return channel
 
 

@@ -34,6 +34,7 @@ __all__ = ("Exporter", "ExportingCarrier", "ImportingCarrier", "index_of")
 logger = logging.getLogger(__name__)
 
 COUNTER_BYTES = 8
+COUNTERS_START = 64  # torch's shared memory opens with a header of its own
 HANDLE_BYTES = 64  # of cudaIpcMemHandle_t and of cudaIpcEventHandle_t
 PLAIN_HANDLE = b"c"  # torch's mark for memory of cudaMalloc, before the handle's own bytes
 MAX_MAPPINGS = 64  # segments of the service that a client keeps open between calls
@@ -52,12 +53,15 @@ class Exporter:
         # A handle opens the whole of the memory that the allocator took at once, so weights must
         # not lie in it: results have a pool of their own, and are copied into it on the GPU.
         self._pool = torch.cuda.MemPool()
+        self.book.when_idle = self._renew_pool
         # The copy is not made behind the next client's work, which may be queued by now.
         self.stream = torch.cuda.Stream(device)
 
     def export(self, tensor: torch.Tensor, owner: Owner, after: Fence | None) -> Token:
         """Token for a result; `after` is the event behind the work that makes it."""
         how, run = layout.flatten(tensor)
+        # What the client dropped since is used again for this.
+        self.book.collect()
         with torch.cuda.stream(self.stream):
             if isinstance(after, torch.cuda.Event):
                 self.stream.wait_event(after)
@@ -72,6 +76,10 @@ class Exporter:
         counter, slot, event, must_sync = arguments[11:15]
         number = self.book.add(owner, fresh.numel(), fresh, _TorchCounter(counter, slot))
         return (number, self.uuid, handle, size, offset, counter, slot, event, must_sync, *how)
+
+    def _renew_pool(self) -> None:
+        """Nothing is leased: give the pool's memory back to the card, which it does only whole."""
+        self._pool = torch.cuda.MemPool()
 
 
 class ExportingCarrier(Carrier):
@@ -111,19 +119,22 @@ class ExportingCarrier(Carrier):
             self._exporter.book.fence(number, after)
 
 
+# By service and address: what came from it over any connection, to recognise it when it goes back.
+_leased: dict[Owner, dict[int, tuple[int, reductions.StorageWeakRef]]] = {}
+
+
 class ImportingCarrier(Carrier):
     """The client's end of one connection; `index` is the service's GPU as this process counts."""
 
     name = "cuda"
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: int, service: Owner) -> None:
         self._device = torch.device("cuda", index)
+        self._leased = _leased.setdefault(service, {})
         self._is_native = torch.cuda.get_allocator_backend() == "native"
         if not self._is_native:
             _runtime()
         self._mappings = _Mappings(self._device)
-        # By address: what came from the service, to recognise it when it goes back.
-        self._leased: dict[int, tuple[int, reductions.StorageWeakRef]] = {}
 
     def pack(self, tensor: torch.Tensor, out: Outgoing) -> Token:
         storage = tensor.untyped_storage()
@@ -175,7 +186,9 @@ class ImportingCarrier(Carrier):
         return run
 
     def _remember(self, number: int, run: torch.Tensor) -> None:
-        self._leased = {at: each for at, each in self._leased.items() if not each[1].expired()}
+        for at, (_, alive) in list(self._leased.items()):
+            if alive.expired():
+                self._leased.pop(at, None)
         storage = run.untyped_storage()
         self._leased[storage.data_ptr()] = (number, reductions.StorageWeakRef(storage))
 
@@ -187,9 +200,11 @@ class _TorchCounter:
         self._file = file
         self._slot = slot
         self._memory = _counters(file)
+        if self.value() != 1:
+            raise RuntimeError(f"torch {torch.__version__} keeps its counters where we do not look")
 
     def value(self) -> int:
-        start = self._slot * COUNTER_BYTES
+        start = COUNTERS_START + self._slot * COUNTER_BYTES
         return int.from_bytes(self._memory[start : start + COUNTER_BYTES], "little", signed=True)
 
     def release(self) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
@@ -26,6 +27,7 @@ __all__ = ("Counter", "LeaseBook", "Owner")
 logger = logging.getLogger(__name__)
 
 SWEEP_SECONDS = 0.2  # between two looks at counters and clients, while anything is leased
+IDLE_SECONDS = 5.0  # without a lease, after which memory is given back to the card
 WAIT_SECONDS = 10.0  # for a client over its share to let something go
 
 T = TypeVar("T")
@@ -81,6 +83,8 @@ class LeaseBook(Generic[T]):
         self._leases: dict[int, _Lease[T]] = {}
         self._changed = threading.Condition()
         self._is_closed = False
+        #: called when nothing has been leased for a while, or was left by the dead
+        self.when_idle: Callable[[], None] = lambda: None
         self._sweeper = threading.Thread(target=self._look_after, name="leases", daemon=True)
         self._sweeper.start()
 
@@ -126,25 +130,34 @@ class LeaseBook(Generic[T]):
                     f"process {owner.pid} holds {held} bytes of results on the GPU and its share "
                     f"is {self.most} (--max-leased): drop results, or ask for device='cpu'"
                 )
-            with self._changed:
-                self._changed.wait(SWEEP_SECONDS)
+            if not self.collect():
+                with self._changed:
+                    self._changed.wait(SWEEP_SECONDS)
+
+    def collect(self) -> int:
+        """Take back what clients let go of; returns the bytes. Quick: it reads counters only."""
+        with self._changed:
+            over = [number for number, lease in self._leases.items() if lease.is_over()]
+            freed = sum(self._leases.pop(number).nbytes for number in over)
+            if over:
+                self._changed.notify_all()
+        return freed
 
     def sweep(self) -> int:
-        """Take back what is over or orphaned; returns the bytes."""
+        """Take back also what the dead held; returns the bytes that those had."""
         with self._changed:
             owners = {lease.owner for lease in self._leases.values()}
         gone = {owner for owner in owners if self._is_gone(owner)}
-        over = []
+        orphaned = 0
         with self._changed:
-            for number, lease in list(self._leases.items()):
+            for lease in self._leases.values():
                 if lease.owner in gone and lease.counter.value() > 0:
                     lease.counter.release()
-                if lease.is_over():
-                    over.append(self._leases.pop(number))
-            self._changed.notify_all()
-        for owner in gone:
-            logger.info("process %d is gone, what it held is taken back", owner.pid)
-        return sum(lease.nbytes for lease in over)
+                    orphaned += lease.nbytes
+        if orphaned:
+            logger.info("%d bytes are taken back from clients that are gone", orphaned)
+        self.collect()
+        return orphaned
 
     def to_data(self) -> dict[str, Any]:
         """Bytes and number of leases by pid, for `status`."""
@@ -163,11 +176,17 @@ class LeaseBook(Generic[T]):
         self._sweeper.join()
 
     def _look_after(self) -> None:
-        while True:
+        idle_since = time.monotonic()
+        is_fresh = True
+        while not self._is_closed:
+            orphaned = self.sweep()
             with self._changed:
-                if not self._leases and not self._is_closed:
+                if self._leases:
+                    is_fresh, idle_since = False, time.monotonic()
+                elif not is_fresh and (orphaned or time.monotonic() - idle_since > IDLE_SECONDS):
+                    self.when_idle()
+                    is_fresh = True
+                if is_fresh:
                     self._changed.wait_for(lambda: self._leases or self._is_closed)
-                if self._is_closed:
-                    return
-                self._changed.wait_for(lambda: self._is_closed, timeout=SWEEP_SECONDS)
-            self.sweep()
+                else:
+                    self._changed.wait_for(lambda: self._is_closed, SWEEP_SECONDS)

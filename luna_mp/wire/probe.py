@@ -35,7 +35,7 @@ PROBE_BYTES = INLINE_BELOW  # just enough not to be sent inline for being small
 SECONDS = 10.0  # the first time a process opens the GPU takes some
 
 
-def choose(channel: Channel, wants_gpu: bool, avoided: str = "") -> str:
+def choose(channel: Channel, service: Identity, wants_gpu: bool = False, avoided: str = "") -> str:
     """Agree with the service on the fastest carrier that works; returns why not a faster one.
 
     `wants_gpu`: this process has a GPU and may use it; `avoided`: why `cuda` is not to be tried.
@@ -46,7 +46,7 @@ def choose(channel: Channel, wants_gpu: bool, avoided: str = "") -> str:
     if not reason:
         reason = _try_shm(channel, pin=wants_gpu)
     if not reason and wants_gpu:
-        reason = avoided or _try_cuda(channel)
+        reason = avoided or _try_cuda(channel, Owner(service.pid, service.created))
     _ask(channel, {"use": channel.carrier, "reason": reason})
     if reason:
         logger.debug("%s: %s, because %s", channel.stream.peer, channel.carrier, reason)
@@ -74,7 +74,7 @@ def _try_shm(channel: Channel, pin: bool) -> str:
     return f"shm: {problem}" if problem else ""
 
 
-def _try_cuda(channel: Channel) -> str:
+def _try_cuda(channel: Channel, service: Owner) -> str:
     """Use the service's GPU if both ends see the same bytes there; else the reason why not."""
     from luna_mp.wire import cuda
 
@@ -83,7 +83,7 @@ def _try_cuda(channel: Channel) -> str:
     if "error" in offer:
         return f"cuda: {offer['error']}"
     try:
-        carrier: Carrier = cuda.ImportingCarrier(gpus.index(offer["gpu"]))
+        carrier: Carrier = cuda.ImportingCarrier(gpus.index(offer["gpu"]), service)
         channel.use(carrier)
         tensor = _ask(channel, {"prepare": "cuda"})["tensor"]
         read = tensor.cpu()

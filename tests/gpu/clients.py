@@ -1,0 +1,73 @@
+"""What GPU tests run in client processes: `python -m tests.gpu.clients NAME ARGUMENT…`.
+
+The allocator is what the environment says, as in a worker of somebody else's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from typing import Any
+
+import torch
+
+import luna_mp
+
+EDGE = 32  # of the latents
+
+
+def say(**what: Any) -> None:
+    sys.stdout.write(json.dumps(what) + "\n")
+    sys.stdout.flush()
+
+
+def bits(tensor: torch.Tensor) -> str:
+    """A fingerprint of values, dtype, shape and strides."""
+    told = hashlib.sha256(f"{tensor.dtype} {tensor.shape} {tensor.stride()}".encode())
+    told.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return told.hexdigest()
+
+
+def latent(device: str = "cpu", edge: int = EDGE) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(edge)
+    return torch.randn(1, 4, edge, edge, generator=generator).to(device)
+
+
+def matrix(rounds: str = "3") -> None:
+    """Send and receive on CPU and GPU; say what came back by which carrier."""
+    torch.zeros(1, device="cuda")
+    with luna_mp.connect() as luna:
+        results: dict[str, Any] = {}
+        for _ in range(int(rounds)):
+            for sent in ("cpu", "cuda"):
+                for wanted in ("", "cpu"):
+                    image = luna.vae.decode(latent(sent), device=wanted)
+                    again = luna.vae.encode(image)
+                    by_name = luna.vae.decode(again)
+                    view = luna.vae.decode(again[:, :, 8:24, 8:24])
+                    results[f"{sent} to {wanted or 'gpu'}"] = [
+                        [str(t.device), bits(t)] for t in (image, again, by_name, view)
+                    ]
+        say(
+            backend=torch.cuda.get_allocator_backend(),
+            carriers=luna.carriers,
+            reasons=luna.reasons,
+            results=results,
+        )
+
+
+def hold(megabytes: str) -> None:
+    """Hold that much of results until killed; say when."""
+    held = []
+    with luna_mp.connect() as luna:
+        while sum(t.numel() * 4 for t in held) < int(megabytes) << 20:
+            held.append(luna.vae.decode(latent(edge=128)))
+        torch.cuda.synchronize()
+        say(held=len(held), carrier=luna.carriers["vae"])
+        sys.stdin.read()
+
+
+if __name__ == "__main__":
+    calls: dict[str, Any] = globals()
+    calls[sys.argv[1]](*sys.argv[2:])

@@ -1,0 +1,164 @@
+"""One GPU, several processes: right values under every allocator, and memory that comes back."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+
+import psutil
+import pytest
+import torch
+
+from luna_mp import errors
+from luna_mp.models import ModelSpec, load_vae
+from tests.gpu import clients
+from tests.helpers import wait_until
+from tests.same import assert_same
+
+pytestmark = pytest.mark.gpu
+
+ALLOCATORS = {
+    "native": "backend:native",
+    "expandable": "expandable_segments:True",
+    "async": "backend:cudaMallocAsync",
+}
+
+
+@contextmanager
+def client(name, *arguments, allocator="native"):
+    """A job of tests/gpu/clients.py in a process of its own, under an allocator."""
+    conf = ALLOCATORS[allocator]
+    env = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": conf, "PYTORCH_ALLOC_CONF": conf}
+    command = [sys.executable, "-m", "tests.gpu.clients", name, *map(str, arguments)]
+    with subprocess.Popen(
+        command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def said(process):
+    line = process.stdout.readline()
+    assert line, f"the client ended with status {process.wait()}"
+    return json.loads(line)
+
+
+@pytest.fixture
+def vae(vae_folder):
+    with torch.inference_mode():
+        yield load_vae(ModelSpec((str(vae_folder),), dtype="float16"), "cuda:0")
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("allocator", ALLOCATORS)
+def test_every_allocator_sends_and_receives_the_right_values(service, vae, allocator):
+    expected = {}
+    for sent in ("cpu", "cuda"):
+        for wanted in ("gpu", "cpu"):
+            image = vae.decode(clients.latent(sent))
+            again = vae.encode(image)
+            both = [image, again, vae.decode(again), vae.decode(again[:, :, 8:24, 8:24])]
+            device = {"gpu": "cuda:0", "cpu": "cpu"}[wanted]
+            expected[f"{sent} to {wanted}"] = [
+                [device if i == 0 else "cuda:0", clients.bits(t)] for i, t in enumerate(both)
+            ]
+    with client("matrix", allocator=allocator) as process:
+        got = said(process)
+    assert got["carriers"] == {"vae": "cuda"}, got["reasons"]
+    assert got["backend"] == ("cudaMallocAsync" if allocator == "async" else "native")
+    assert got["results"] == expected
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("edge", [64, 128, 192, 256])
+def test_decode_and_encode_have_the_same_bits(service, vae_folder, edge, dtype):
+    local = load_vae(ModelSpec((str(vae_folder),), dtype=dtype), "cuda:0")
+    latent = clients.latent(edge=edge)
+    with service.connect() as luna:
+        served = luna.vae.load(vae_folder, dtype=dtype) if dtype != "float16" else luna.vae
+        image = served.decode(latent)
+        expected = local.decode(latent)
+        assert_same(image, expected)
+        assert_same(served.encode(image), local.encode(expected))
+
+
+def test_killed_client_gives_its_gigabyte_back(service):
+    with service.connect() as luna:
+        luna.vae.decode(clients.latent(edge=128))
+        wait_until(lambda: luna.status("vae")["leases"] == {})
+        before = luna.status("vae")["memory"]["allocated"]
+        with client("hold", 1024) as process:
+            assert said(process)["carrier"] == "cuda"
+            held = luna.status("vae")["memory"]["allocated"] - before
+            assert held >= 1 << 30
+            os.kill(process.pid, signal.SIGKILL)
+            wait_until(lambda: luna.status("vae")["memory"]["allocated"] <= before, 1.0)
+
+
+@pytest.mark.parametrize("allocator", ["native", "async"])
+def test_dropped_results_come_back(service, allocator):
+    with service.connect() as luna:
+        with client("matrix", 20, allocator=allocator) as process:
+            said(process)
+            wait_until(lambda: luna.status("vae")["leases"] == {})
+
+
+def test_client_that_disconnects_keeps_right_values(service):
+    with service.connect() as luna:
+        image = luna.vae.decode(clients.latent())
+        kept = image.clone()
+    with service.connect() as other:
+        for edge in (16, 32, 32, 64):
+            other.vae.decode(clients.latent(edge=edge))
+        assert torch.equal(image, kept)
+
+
+def test_same_proxy_works_after_the_service_was_killed(service):
+    with service.connect() as luna:
+        before = luna.vae.decode(clients.latent()).clone()
+        os.kill(service.ready["vae"]["pid"], signal.SIGKILL)
+        wait_until(lambda: not is_alive(service.ready["vae"]["pid"]))
+        assert torch.equal(luna.vae.decode(clients.latent()), before)
+        assert luna.carriers == {"vae": "cuda"}
+
+
+def test_vram_of_a_dead_service_is_not_kept_by_its_clients(service):
+    pid = service.ready["vae"]["pid"]
+    with service.connect() as luna:
+        image = luna.vae.decode(clients.latent(edge=128))
+        del image
+        free, _ = torch.cuda.mem_get_info()
+        used = luna.status("vae")["memory"]["allocated"]
+        service.stop()
+        assert not is_alive(pid)
+        wait_until(lambda: torch.cuda.mem_get_info()[0] >= free + used)
+
+
+def test_greedy_client_waits_and_is_told_and_others_go_on(vae_folder, runtime_dir, monkeypatch):
+    import luna_mp
+
+    share = 64 << 20
+    options = {"vae_models": str(vae_folder), "vae_dtype": "float16", "log_level": "ERROR"}
+    with luna_mp.serve(
+        vae="cuda", runtime_dir=runtime_dir, vae_max_leased=share, **options
+    ) as service:
+        with client("hold", 32) as other, service.connect() as luna:
+            said(other)
+            held = []
+            with pytest.raises(errors.OutOfMemory, match=f"its share is {share}"):
+                while True:
+                    held.append(luna.vae.decode(clients.latent(edge=128)))
+            assert luna.vae.status()["leases"][str(os.getpid())]["bytes"] >= share
+            held.clear()
+            assert luna.vae.decode(clients.latent()).is_cuda
+
+
+def is_alive(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
