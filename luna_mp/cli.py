@@ -7,7 +7,6 @@ import json
 import logging
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -100,10 +99,15 @@ def serve(file: str | None, **flags: Any) -> None:
     level = config.services[0].log_level
     logging.basicConfig(level=level, format="%(asctime)s luna-mp %(levelname)s %(message)s")
     supervisor = Supervisor(config)
-    with _interrupts(supervisor.kill) as should_stop, supervisor:
-        for role, ready in supervisor.ready.items():
-            click.echo(f"{role}: ready on {ready['device']}, {ready['host']}:{ready['port']}")
-        supervisor.run(should_stop)
+    with _interrupts(supervisor.kill) as should_stop:
+        try:
+            if supervisor.start(should_stop):
+                for role, ready in supervisor.ready.items():
+                    place = f"{ready['device']}, {ready['host']}:{ready['port']}"
+                    click.echo(f"{role}: ready on {place}")
+                supervisor.run(should_stop)
+        finally:
+            supervisor.stop()
     click.echo("stopped")
 
 
@@ -125,19 +129,20 @@ def _said(flags: dict[str, Any]) -> Settings:
 
 
 @contextmanager
-def _interrupts(force: Callable[[], None]) -> Iterator[threading.Event]:
-    """Signals set the event that is given; the second one forces."""
-    should_stop = threading.Event()
+def _interrupts(force: Callable[[], None]) -> Iterator[Callable[[], bool]]:
+    """Gives the question whether a signal came; the second one forces."""
+    # No Event: its lock is not reentrant, and a handler may find this very thread holding it.
+    came: list[int] = []
 
-    def handle(_signum: int, _frame: object) -> None:
-        if should_stop.is_set():
+    def handle(signum: int, _frame: object) -> None:
+        if came:
             force()
-        should_stop.set()
+        came.append(signum)
 
     signals = [signal.SIGINT, signal.SIGTERM]
     before = {signum: signal.signal(signum, handle) for signum in signals}
     try:
-        yield should_stop
+        yield lambda: bool(came)
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)

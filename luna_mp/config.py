@@ -29,6 +29,7 @@ SERVICE_TYPES: dict[str, tuple[Role, ...]] = {
     "clip_only": ("clip",),
     "vae_only": ("vae",),
 }
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 _UUID = r"(GPU-|MIG-)?[0-9a-f]{8}(-[0-9a-f]{0,12})*"
 _DEVICE = re.compile(rf"auto|cpu|cuda|cuda:\d{{1,3}}|{_UUID}", re.IGNORECASE)
@@ -160,6 +161,7 @@ def resolve(said: Settings) -> ServeConfig:
     """Fill in the defaults and check what cannot be told key by key. Raises `BadConfig`."""
     common = dict(said.common)
     roles = _roles(common.pop("service_type", None), said)
+    _check_limits(common)
     boot_timeout = common.pop("boot_timeout", ServeConfig.boot_timeout)
     services = []
     for role in roles:
@@ -182,6 +184,14 @@ def _roles(service_type: str | None, said: Settings) -> tuple[Role, ...]:
         if role not in roles:
             raise BadConfig(f"service type {service_type} and a device for {role} contradict")
     return roles
+
+
+def _check_limits(common: Mapping[str, Any]) -> None:
+    level = common.get("log_level", ServiceConfig.log_level)
+    if level not in LOG_LEVELS:
+        raise BadConfig(f"log_level {level!r} is none of {', '.join(LOG_LEVELS)}")
+    if not common.get("boot_timeout", ServeConfig.boot_timeout) > 0:
+        raise BadConfig(f"boot_timeout is {common['boot_timeout']} s; it takes more than 0")
 
 
 def _checked(table: Mapping[str, Any], known: Mapping[str, type], where: str) -> dict[str, Any]:

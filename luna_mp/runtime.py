@@ -55,7 +55,10 @@ class Record:
 
     def is_running(self) -> bool:
         try:
-            return abs(psutil.Process(self.pid).create_time() - self.created) < 1.0
+            process = psutil.Process(self.pid)
+            is_same = abs(process.create_time() - self.created) < 1.0
+            # One that was killed and that nobody has reaped serves no more.
+            return is_same and process.status() != psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return False
 
@@ -140,7 +143,9 @@ def read_records(directory: Path, role: Role) -> list[Record]:
     running = []
     for path in sorted(directory.glob(f"{role}.*.json")):
         record = _read_record(path)
-        if record is not None and record.is_running():
+        if record is None:
+            continue
+        if record.is_running():
             running.append(record)
         else:
             path.unlink(missing_ok=True)
@@ -170,7 +175,9 @@ def _read_record(path: Path) -> Record | None:
     try:
         return Record(**json.loads(path.read_bytes()))
     except (OSError, ValueError, TypeError):
-        return None  # removed meanwhile, or of another version: nobody that we could connect to
+        # Removed meanwhile, of another version, or out of descriptors here: it is not known to be
+        # dead, so its file stays.
+        return None
 
 
 def _write(path: Path, data: bytes) -> None:

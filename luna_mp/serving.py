@@ -29,7 +29,10 @@ class Serving:
         self._config = config
         self._supervisor = Supervisor(config)
         self._should_stop = threading.Event()
-        self._thread = threading.Thread(target=self._look_after, name="luna-mp supervisor")
+        # A daemon: a script that forgets `stop` may still end, and its services end with it.
+        self._thread = threading.Thread(
+            target=self._look_after, name="luna-mp supervisor", daemon=True
+        )
 
     def __repr__(self) -> str:
         return f"<Serving {self._supervisor!r}>"
@@ -74,7 +77,7 @@ class Serving:
 
     def _look_after(self) -> None:
         try:
-            self._supervisor.run(self._should_stop)
+            self._supervisor.run(self._should_stop.is_set)
         except LunaError as exc:
             logger.error("%s", exc)
 

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -121,7 +121,7 @@ class _Child:
         if self.ready and time.monotonic() - self._ready_at > HEALTHY_SECONDS:
             self.deaths = 0
         self.deaths += 1
-        if self.deaths > MAX_DEATHS:
+        if self.deaths >= MAX_DEATHS:
             raise BootFailed(f"the {self.config.role} service died {MAX_DEATHS} times in a row")
         first, most = BACKOFF_SECONDS
         pause = min(first * 2 ** (self.deaths - 1), most)
@@ -141,6 +141,9 @@ class _Child:
                 self._process.stdin.close()
             except BrokenPipeError:
                 pass  # it has ended already, with settings still unread
+            if not self.ready:
+                # It loads its models: it does not listen yet, and nobody's call is lost.
+                self._process.terminate()
 
     def end(self, deadline: Deadline) -> None:
         """Wait for the process, then end it, then kill it; reap it and close its pipes."""
@@ -197,24 +200,33 @@ class Supervisor:
         """What each service said when it was ready, by role."""
         return {child.config.role: child.ready for child in self._children}
 
-    def start(self) -> None:
-        """Start all services side by side and wait for them. Raises `BootFailed`: none is left."""
+    def start(self, should_stop: Callable[[], bool] = lambda: False) -> bool:
+        """Start all services side by side and wait for them.
+
+        False when `should_stop` came first; then, as when it raises `BootFailed`, none is left.
+        """
         try:
             for child in self._children:
                 child.spawn(self._config.boot_timeout)
-            for child in self._children:
-                while not child.hear(LOOK_SECONDS):
-                    pass
+            booting = self._children
+            while booting:
+                if should_stop():
+                    self.stop()
+                    return False
+                # In turns, so that one that fails is heard while another still loads.
+                booting = [c for c in booting if not c.hear(LOOK_SECONDS / len(booting))]
         except BaseException:
             self.stop()
             raise
+        return True
 
-    def run(self, should_stop: threading.Event) -> None:
+    def run(self, should_stop: Callable[[], bool]) -> None:
         """Look after the services until `should_stop`, or until a client asked one to stop.
 
         Raises `BootFailed` when one cannot be kept alive; `stop` is the caller's, always.
         """
-        while not should_stop.wait(LOOK_SECONDS):
+        while not should_stop():
+            time.sleep(LOOK_SECONDS)
             for child in self._children:
                 if child.ready and child.status == 0:
                     logger.info("the %s service was asked to stop", child.config.role)
@@ -275,5 +287,8 @@ def _exit(status: int | None) -> str:
     if status is None:
         return "still running"
     if status < 0:
-        return f"signal {signal.Signals(-status).name}"
+        try:
+            return f"signal {signal.Signals(-status).name}"
+        except ValueError:
+            return f"signal {-status}"  # real-time signals have no name
     return f"exit status {status}"

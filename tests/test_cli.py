@@ -14,6 +14,7 @@ from luna_mp import supervisor as supervisor_module
 from luna_mp.cli import NOTHING_RUNS, _said, main
 from luna_mp.config import resolve
 from luna_mp.report import describe
+from tests.helpers import wait_until
 
 STATUS = {
     "pid": 7,
@@ -122,6 +123,24 @@ def test_signal_stops_the_services_with_status_0(signum):
         os.kill(process.pid, signum)
         output, errors = process.communicate(timeout=20)
     assert (process.returncode, output) == (0, "stopped\n"), errors
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends a POSIX signal")
+def test_signal_ends_a_boot_with_status_0(tmp_path):
+    """SIGTERM and Ctrl-C were once ignored until the models had loaded."""
+    code = (
+        "import sys; from luna_mp import supervisor\n"
+        "supervisor.Supervisor.__init__.__defaults__ = ((sys.executable, '-c', sys.argv.pop()),)\n"
+        "from luna_mp.cli import main; main()"
+    )
+    marker = tmp_path / "booting"
+    service = f"import time; open({str(marker)!r}, 'w').close(); time.sleep(600)"
+    command = [sys.executable, "-c", code, "serve", "--clip", "cpu", service]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        wait_until(marker.exists)
+        process.terminate()
+        output, _ = process.communicate(timeout=20)
+    assert (process.returncode, output) == (0, "stopped\n")
 
 
 @pytest.mark.parametrize("command", ["status", "stop"])

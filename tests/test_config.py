@@ -126,6 +126,15 @@ def test_port_out_of_range_is_refused(port):
         resolve(Settings(vae={"device": "cpu", "port": port}))
 
 
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [({"log_level": "LOUD"}, "'LOUD' is none of DEBUG"), ({"boot_timeout": 0.0}, "more than 0")],
+)
+def test_top_level_value_out_of_range_is_refused(said, message):
+    with pytest.raises(BadConfig, match=message):
+        resolve(Settings(said))
+
+
 def test_one_port_for_both_is_refused():
     with pytest.raises(BadConfig, match="both services on port 5"):
         resolve(Settings(clip={"port": 5}, vae={"port": 5}))

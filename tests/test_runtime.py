@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import pathlib
 import subprocess
 import sys
 import time
@@ -13,6 +15,7 @@ import pytest
 from luna_mp import runtime
 from luna_mp.config import DEFAULT_PORTS
 from luna_mp.errors import BadConfig, Unavailable
+from tests.helpers import wait_until
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="modes and links are POSIX")
 HEX = "ab" * 32
@@ -196,6 +199,30 @@ def test_record_of_an_ended_process_is_removed(runtime_dir, ended):
 def test_record_of_a_pid_that_was_used_again_is_removed(runtime_dir):
     runtime.write_record(runtime_dir, record(created=psutil.Process().create_time() - 60))
     assert runtime.read_records(runtime_dir, "clip") == []
+
+
+def test_record_that_cannot_be_read_just_now_is_left(runtime_dir, monkeypatch):
+    """A reader without a free descriptor once removed the records of running services."""
+    runtime.write_record(runtime_dir, record())
+
+    def fail(_path):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pathlib.Path, "read_bytes", fail)
+        assert runtime.read_records(runtime_dir, "clip") == []
+    assert runtime.find(runtime_dir, "clip").port == 5
+
+
+@posix
+def test_record_of_a_killed_process_that_nobody_reaped_is_removed(runtime_dir):
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        service = psutil.Process(process.pid)
+        created = service.create_time()
+        process.kill()
+        wait_until(lambda: service.status() == psutil.STATUS_ZOMBIE)
+        runtime.write_record(runtime_dir, record(pid=process.pid, created=created))
+        assert runtime.read_records(runtime_dir, "clip") == []
 
 
 @pytest.mark.parametrize("ports", [(DEFAULT_PORTS["clip"], 5, 6), (5,)], ids=["default", "only"])

@@ -49,7 +49,7 @@ def running(supervisor: Supervisor):
 
     def loop() -> None:
         try:
-            supervisor.run(should_stop)
+            supervisor.run(should_stop.is_set)
         except BootFailed as exc:
             errors.append(exc)
 
@@ -125,6 +125,21 @@ def test_first_boot_failure_ends_the_other_service():
         make("boot", "fail").start()
     children = psutil.Process().children()
     assert not [child for child in children if "tests.jobs" in child.cmdline()]
+
+
+def test_failure_is_heard_while_another_service_still_loads():
+    with pytest.raises(BootFailed, match="the model is not there"):
+        make("hang", "fail", boot_timeout=60.0).start()
+
+
+def test_start_can_be_given_up():
+    supervisor = make("hang", boot_timeout=60.0)
+    assert supervisor.start(should_stop=lambda: True) is False
+
+
+def test_stop_does_not_wait_for_a_service_that_still_loads():
+    supervisor = Supervisor(ServeConfig((ServiceConfig("clip", type="hang"),), grace=60.0), COMMAND)
+    assert supervisor.start(should_stop=lambda: True) is False
 
 
 def test_killed_service_is_started_again():

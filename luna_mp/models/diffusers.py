@@ -17,9 +17,12 @@ from luna_mp.errors import RemoteFailure
 from luna_mp.models import files
 from luna_mp.models.base import ModelSpec, VaeModel
 
-__all__ = ("DiffusersVae", "load_vae")
+__all__ = ("DTYPE_ARGUMENT", "DiffusersVae", "load_vae")
 
 _PREFIXES = ("Autoencoder", "AsymmetricAutoencoder")
+#: `torch_dtype` of older versions is deprecated, and `dtype` unknown to them
+_VERSION = tuple(int(number) for number in diffusers.__version__.split(".")[:2])
+DTYPE_ARGUMENT = "dtype" if _VERSION >= (0, 42) else "torch_dtype"
 #: edge of the latent that `_measure` decodes
 _PROBE = 4
 
@@ -154,12 +157,12 @@ def _autoencoder_class(component: files.Component) -> Any:
 def _from_folder(cls: Any, component: files.Component, dtype: torch.dtype) -> Any:
     model, report = cls.from_pretrained(
         str(component.folder),
-        torch_dtype=dtype,
         variant=component.variant,
         use_safetensors=True,
         local_files_only=True,
         output_loading_info=True,
         low_cpu_mem_usage=find_spec("accelerate") is not None,
+        **{DTYPE_ARGUMENT: dtype},
     )
     _refuse_missing(component, report["missing_keys"])
     return model
@@ -174,8 +177,8 @@ def _from_file(cls: Any, component: files.Component, dtype: torch.dtype) -> Any:
         model = cls.from_single_file(
             str(component.weights[0]),
             config=str(component.config_file),
-            torch_dtype=dtype,
             local_files_only=True,
+            **{DTYPE_ARGUMENT: dtype},
         )
         missing = [name for name, tensor in model.named_parameters() if tensor.is_meta]
     elif not missing:

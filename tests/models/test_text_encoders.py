@@ -7,6 +7,7 @@ import torch
 
 from luna_mp.errors import BadConfig, BadModel
 from luna_mp.models import ModelSpec, load_clip
+from luna_mp.models.diffusers import DTYPE_ARGUMENT
 from tests.models.contract import check_clip
 
 PROMPTS = ("a red cat, on a hill.", "", "cat " * 700)
@@ -63,7 +64,10 @@ def test_flux_is_the_pipelines_encode_prompt(flux, prompt):
 def test_half_precision_is_that_of_a_pipeline_loaded_so(flux, dtype):
     folder, pipeline = flux
     half = type(pipeline).from_pretrained(
-        folder, torch_dtype=getattr(torch, dtype), scheduler=None, transformer=None
+        folder,
+        scheduler=None,
+        transformer=None,
+        **{DTYPE_ARGUMENT: getattr(torch, dtype)},
     )
     cond, pooled, _ = half.encode_prompt("a cat", "a cat", device="cpu")
     result = load(folder, dtype=dtype).encode("a cat")
