@@ -27,6 +27,7 @@ from luna_mp.client import connect
 from luna_mp.config import ServiceConfig
 from luna_mp.manager import LocalManager, RemoteManager
 from luna_mp.sessions import Sessions
+from luna_mp.spawning import command
 
 __all__ = ("format_report", "run_bench")
 
@@ -128,11 +129,12 @@ def _plain_call(plain: connection.Connection, shape: tuple[int, ...]) -> Any:
 def _child(*arguments: str, key: bytes) -> Iterator[str]:
     """This module in a process of its own, until the with statement ends; yields what it says."""
     env = {**os.environ, "LUNA_MP_AUTHKEY": key.hex()}
-    root = str(Path(__file__).resolve().parent.parent)
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, (root, env.get("PYTHONPATH", ""))))
-    command = [sys.executable, "-m", "luna_mp.bench", *arguments]
     with subprocess.Popen(
-        command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        command("luna_mp.bench", *arguments),
+        env=env,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as child:
         assert child.stdout is not None
         try:

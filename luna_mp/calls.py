@@ -26,8 +26,16 @@ Exposed = Mapping[str, Callable[..., Any]]
 class Call:
     """One request under way, as the worker sees it."""
 
-    def __init__(self, channel: Channel, session: Session, method: str, seconds: float) -> None:
+    def __init__(
+        self,
+        channel: Channel,
+        session: Session,
+        answerer: Answerer,
+        method: str,
+        seconds: float,
+    ) -> None:
         self._stream = channel.stream
+        self._answerer = answerer
         self.client = session.identity.client_id
         self.method = method
         #: the event behind the work that the worker queued, where that is on a GPU
@@ -36,6 +44,10 @@ class Call:
 
     def __repr__(self) -> str:
         return f"<Call {self.method} of {self.client[:8]}>"
+
+    def wait_for_room(self) -> None:
+        """Return once the client may be given more memory of the GPU. Raises `OutOfMemory`."""
+        self._answerer.wait_for_room(self.deadline)
 
     def is_abandoned(self) -> bool:
         """True once nobody waits for the result: the client has gone, or has given up."""
@@ -120,9 +132,8 @@ class Calls:
                 f"{method!r:.60} is not a call that {self._name} takes from "
                 f"{self._session.origin}; it takes {', '.join(sorted(self._exposed))}"
             )
-        call = Call(self._channel, self._session, method, min(max(seconds, 0.0), MAX_CALL_SECONDS))
-        self._answerer.wait_for_room(call.deadline)
-        return call
+        seconds = min(max(seconds, 0.0), MAX_CALL_SECONDS)
+        return Call(self._channel, self._session, self._answerer, method, seconds)
 
 
 def _failure(exc: Exception) -> dict[str, Any]:

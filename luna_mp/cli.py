@@ -120,9 +120,6 @@ def _said(flags: dict[str, Any]) -> Settings:
         role, _, own = name.partition("_")
         if role in ROLES:
             said.table(role)["models" if own == "model" else own] = value
-        elif name in ("host", "expose", "allow", "comfyui", "max_leased"):
-            for each in ROLES:
-                said.table(each)[name] = value
         else:
             said.common[name] = value
     return said

@@ -105,12 +105,28 @@ class Settings:
 
     def over(self, base: Settings) -> Settings:
         """These settings where they say something, `base` elsewhere."""
+        # What is said here for both wins over what the base says for one.
+        left = {
+            role: {k: v for k, v in base.table(role).items() if k not in self.common}
+            for role in ROLES
+        }
         return Settings(
-            {**base.common, **self.common}, {**base.clip, **self.clip}, {**base.vae, **self.vae}
+            {**base.common, **self.common},
+            *({**left[role], **self.table(role)} for role in ROLES),
         )
 
 
 # What may be said where, by type; numbers are also taken without a fraction.
+_EITHER: dict[str, type] = {
+    "allow": tuple,
+    "comfyui": str,
+    "host": str,
+    "expose": bool,
+    "max_message": int,
+    "max_leased": int,
+    "max_models": int,
+    "cache_bytes": int,
+}
 _COMMON: dict[str, type] = {
     "service_type": str,
     "runtime_dir": str,
@@ -118,21 +134,15 @@ _COMMON: dict[str, type] = {
     "boot_timeout": float,
     "grace": float,
     "log_level": str,
+    **_EITHER,
 }
 _TABLE: dict[str, type] = {
     "device": str,
     "models": tuple,
     "type": str,
     "dtype": str,
-    "allow": tuple,
-    "comfyui": str,
-    "host": str,
     "port": int,
-    "expose": bool,
-    "max_message": int,
-    "max_leased": int,
-    "max_models": int,
-    "cache_bytes": int,
+    **_EITHER,
 }
 
 
@@ -157,15 +167,16 @@ def read_file(path: str) -> Settings:
     )
 
 
-def resolve(said: Settings) -> ServeConfig:
+def resolve(said: Settings, default_ports: Mapping[Role, int] = DEFAULT_PORTS) -> ServeConfig:
     """Fill in the defaults and check what cannot be told key by key. Raises `BadConfig`."""
-    common = dict(said.common)
+    common = _checked(said.common, _COMMON, "the settings")
     roles = _roles(common.pop("service_type", None), said)
     _check_limits(common)
     boot_timeout = common.pop("boot_timeout", ServeConfig.boot_timeout)
     services = []
     for role in roles:
-        given = {"port": DEFAULT_PORTS[role], **said.table(role), **common}
+        own = _checked(said.table(role), _TABLE, f"the {role} service's settings")
+        given = {"port": default_ports[role], **common, **own}
         services.append(_checked_service(ServiceConfig(role=role, **given)))
     ports = [service.port for service in services if service.port]
     if len(set(ports)) < len(ports):
@@ -174,16 +185,22 @@ def resolve(said: Settings) -> ServeConfig:
 
 
 def _roles(service_type: str | None, said: Settings) -> tuple[Role, ...]:
-    named = tuple(role for role in ROLES if "device" in said.table(role))
+    """Which services are asked for: by type, else by a device, else by any setting, else both."""
+    with_device = tuple(role for role in ROLES if "device" in said.table(role))
+    mentioned = tuple(role for role in ROLES if said.table(role))
     if service_type is None:
-        return named or ROLES
-    if service_type not in SERVICE_TYPES:
+        wanted = with_device or mentioned or ROLES
+    elif service_type in SERVICE_TYPES:
+        wanted = SERVICE_TYPES[service_type]
+    else:
         raise BadConfig(f"service type {service_type!r} is none of {', '.join(SERVICE_TYPES)}")
-    roles = SERVICE_TYPES[service_type]
-    for role in named:
-        if role not in roles:
-            raise BadConfig(f"service type {service_type} and a device for {role} contradict")
-    return roles
+    for role in mentioned:
+        if role not in wanted:
+            raise BadConfig(
+                f"there are settings for {role} ({', '.join(said.table(role))}), which is not to "
+                f"run: name its device too, or leave them out"
+            )
+    return wanted
 
 
 def _check_limits(common: Mapping[str, Any]) -> None:
@@ -206,7 +223,7 @@ def _checked(table: Mapping[str, Any], known: Mapping[str, type], where: str) ->
 def _converted(value: Any, kind: type, what: str) -> Any:
     if kind is tuple:
         items = [value] if isinstance(value, str) else value
-        if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+        if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) for item in items):
             raise BadConfig(f"{what} is {value!r}; it takes text or a list of texts")
         return tuple(items)
     if kind is float and type(value) is int:

@@ -24,6 +24,7 @@ from luna_mp.client import Luna, connect
 from luna_mp.config import ROLES
 from luna_mp.errors import BootFailed
 from luna_mp.models.demo import demo_image
+from luna_mp.spawning import command
 
 __all__ = ("format_report", "run_demo")
 
@@ -87,11 +88,10 @@ def _row(call: dict[str, Any]) -> tuple[str, ...]:
 def _run_clients(directory: str, picture: Path) -> list[dict[str, Any]]:
     """Both at once, as two workers would be."""
     env = {**os.environ, "LUNA_MP_RUNTIME_DIR": directory}
-    root = str(Path(__file__).resolve().parent.parent)
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, (root, env.get("PYTHONPATH", ""))))
-    command = [sys.executable, "-m", "luna_mp.demo"]
     clients = [
-        subprocess.Popen([*command, str(number), str(picture)], env=env, stdout=subprocess.PIPE)
+        subprocess.Popen(
+            command("luna_mp.demo", str(number), str(picture)), env=env, stdout=subprocess.PIPE
+        )
         for number in range(1, CLIENTS + 1)
     ]
     try:

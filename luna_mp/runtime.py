@@ -109,13 +109,16 @@ def authkey(explicit_file: str, directory: Path) -> bytes:
 
 
 def parse_key(key: bytes | str) -> bytes:
-    """A key from text (64 hexadecimal digits, or any text of 32 bytes) or from bytes."""
+    """A key from bytes, or from text: 64 or more hexadecimal digits, or any 32 characters."""
     if isinstance(key, str):
         key = key.strip()
         with contextlib.suppress(ValueError):
-            return _checked(bytes.fromhex(key))
+            if len(decoded := bytes.fromhex(key)) >= KEY_BYTES:
+                return decoded
         key = key.encode()
-    return _checked(key)
+    if len(key) < KEY_BYTES:
+        raise BadConfig(f"the authkey has {len(key)} bytes; it takes at least {KEY_BYTES}")
+    return key
 
 
 def socket_path(directory: Path, role: Role, port: int) -> Path:
@@ -210,7 +213,8 @@ def _read_key(path: Path) -> bytes:
     try:
         if hasattr(os, "getuid"):
             _check_private(path, path.stat(), "chmod 600")
-        return parse_key(path.read_bytes().decode("latin-1"))
+        data = path.read_bytes()
+        return parse_key(data.decode() if data.isascii() else data)
     except OSError as exc:
         raise BadConfig(f"the key {path} cannot be read: {exc.strerror}") from exc
 
@@ -220,9 +224,3 @@ def _check_private(path: Path, found: os.stat_result, cure: str) -> None:
         raise BadConfig(f"{path} belongs to user {found.st_uid}, not to {os.getuid()}")
     if stat.S_IMODE(found.st_mode) & 0o077 and not stat.S_ISLNK(found.st_mode):
         raise BadConfig(f"{path} can be used by others: type `{cure} {path}`")
-
-
-def _checked(key: bytes) -> bytes:
-    if len(key) < KEY_BYTES:
-        raise BadConfig(f"the authkey has {len(key)} bytes; it takes at least {KEY_BYTES}")
-    return key

@@ -80,6 +80,8 @@ class Serving:
             self._supervisor.run(self._should_stop.is_set)
         except LunaError as exc:
             logger.error("%s", exc)
+        # One that cannot be kept alive, or was asked to stop, ends the other too.
+        self._supervisor.stop()
 
 
 def serve(clip: str | None = None, vae: str | None = None, **options: Any) -> Serving:
@@ -94,12 +96,11 @@ def serve(clip: str | None = None, vae: str | None = None, **options: Any) -> Se
     """
     said = Settings()
     for role, device in zip(ROLES, (clip, vae), strict=True):
-        said.table(role)["port"] = 0
         if device is not None:
             said.table(role)["device"] = device
     for name, value in options.items():
-        _note(said, name, (value,) if name.endswith("models") and isinstance(value, str) else value)
-    serving = Serving(resolve(said))
+        _note(said, name, value)
+    serving = Serving(resolve(said, default_ports=dict.fromkeys(ROLES, 0)))
     serving.start()
     return serving
 
@@ -111,7 +112,6 @@ def _note(said: Settings, name: str, value: Any) -> None:
     elif role in ROLES and own in _OWN:
         said.table(role)[own] = value
     elif name in _OWN:
-        for each in ROLES:
-            said.table(each)[name] = value
+        said.common[name] = value
     else:
         raise BadConfig(f"serve() takes no option {name!r}: see ServiceConfig for what there is")

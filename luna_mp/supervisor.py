@@ -18,19 +18,20 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from luna_mp.config import ServeConfig, ServiceConfig
 from luna_mp.deadline import Deadline
 from luna_mp.errors import BootFailed, TimedOut
+from luna_mp.spawning import command
+from luna_mp.wire.leftovers import remove_counters
 
 __all__ = ("Supervisor",)
 
 logger = logging.getLogger(__name__)
 
-COMMAND = (sys.executable, "-m", "luna_mp.service")
+COMMAND = command("luna_mp.service")
 LOOK_SECONDS = 0.2  # between two looks at the services
 BACKOFF_SECONDS = (0.5, 30.0)  # before a restart: at first, and at most
 HEALTHY_SECONDS = 60.0  # after which earlier deaths no longer count
@@ -166,6 +167,7 @@ class _Child:
             self._reader.join(KILL_SECONDS)
         assert process.stdout is not None
         process.stdout.close()
+        remove_counters(process.pid)
         self._said = queue.Queue()
 
     def kill(self) -> None:
@@ -277,9 +279,6 @@ def _environment() -> dict[str, str]:
     env = dict(os.environ)
     for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
         env[name] = "backend:native"
-    # A checkout that is not installed, a custom node's say, is importable there too.
-    root = str(Path(__file__).resolve().parent.parent)
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, (root, env.get("PYTHONPATH", ""))))
     return env
 
 

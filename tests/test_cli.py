@@ -68,9 +68,9 @@ def test_the_key_itself_is_never_a_flag():
 def test_flags_become_settings():
     flags = {"clip_device": "cpu", "clip_model": ("/a", "/b"), "vae_port": 0, "vae_model": ()}
     said = _said({**flags, "host": "127.0.0.2", "boot_timeout": 3.0, "allow": (), "expose": None})
-    assert said.clip == {"device": "cpu", "models": ("/a", "/b"), "host": "127.0.0.2"}
-    assert said.vae == {"port": 0, "host": "127.0.0.2"}
-    assert said.common == {"boot_timeout": 3.0}
+    assert said.clip == {"device": "cpu", "models": ("/a", "/b")}
+    assert said.vae == {"port": 0}
+    assert said.common == {"boot_timeout": 3.0, "host": "127.0.0.2"}
 
 
 def test_flags_for_nothing_run_both():

@@ -65,7 +65,7 @@ def test_service_type_chooses(service_type, expected):
 
 
 def test_service_type_that_contradicts_a_device_is_refused():
-    with pytest.raises(BadConfig, match="clip_only and a device for vae contradict"):
+    with pytest.raises(BadConfig, match=r"settings for vae \(device\), which is not to run"):
         resolve(Settings({"service_type": "clip_only"}, vae={"device": "cpu"}))
 
 
@@ -203,3 +203,13 @@ def test_file_that_is_not_text_is_refused(toml):
 def test_file_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(BadConfig, match="cannot be read: No such file"):
         read_file(str(tmp_path / "missing.toml"))
+
+
+def test_settings_of_a_service_that_is_not_to_run_are_refused():
+    with pytest.raises(BadConfig, match=r"settings for vae \(port\), which is not to run"):
+        resolve(Settings(clip={"device": "cpu"}, vae={"port": 5}))
+
+
+def test_a_flag_for_both_wins_over_a_file_for_one():
+    flags, file = Settings(common={"host": "127.0.0.2"}), Settings(vae={"host": "127.0.0.3"})
+    assert {service.host for service in resolve(flags.over(file)).services} == {"127.0.0.2"}

@@ -33,6 +33,9 @@ class Call(Protocol):
     def is_abandoned(self) -> bool:
         """True once nobody waits for the result."""
 
+    def wait_for_room(self) -> None:
+        """Return once the client may be given more memory of the GPU. Raises `OutOfMemory`."""
+
 
 @dataclass
 class _Ticket:

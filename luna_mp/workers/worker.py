@@ -60,6 +60,8 @@ class Worker(Generic[M]):
         """Hold the lock, inference mode and the device, each of which belongs to this thread."""
         if wanted is not None and not isinstance(wanted, dict):
             raise Rejected(f"a model is named by a dict with paths, not by {wanted!r:.100}")
+        # Outside the lock: who holds too much keeps nobody else waiting.
+        call.wait_for_room()
         with self.flight.turn(call), torch.inference_mode():
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)

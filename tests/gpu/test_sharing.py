@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 
+import luna_mp
 from luna_mp import errors
 from luna_mp.models import ModelSpec, load_vae
 from tests.gpu import clients
@@ -124,8 +125,9 @@ def test_same_proxy_works_after_the_service_was_killed(service):
     with service.connect() as luna:
         before = luna.vae.decode(clients.latent()).clone()
         os.kill(service.ready["vae"]["pid"], signal.SIGKILL)
-        wait_until(lambda: not is_alive(service.ready["vae"]["pid"]))
-        assert torch.equal(luna.vae.decode(clients.latent()), before)
+        # While the process ends, which takes the driver a while, calls are still lost.
+        image = wait_until(lambda: decoded(luna), 60)
+        assert torch.equal(image[0], before)
         assert luna.carriers == {"vae": "cuda"}
 
 
@@ -141,9 +143,7 @@ def test_vram_of_a_dead_service_is_not_kept_by_its_clients(service):
         wait_until(lambda: torch.cuda.mem_get_info()[0] >= free + used)
 
 
-def test_greedy_client_waits_and_is_told_and_others_go_on(vae_folder, runtime_dir, monkeypatch):
-    import luna_mp
-
+def test_greedy_client_waits_and_is_told_and_others_go_on(vae_folder, runtime_dir):
     share = 64 << 20
     options = {"vae_models": str(vae_folder), "vae_dtype": "float16", "log_level": "ERROR"}
     with luna_mp.serve(
@@ -158,6 +158,13 @@ def test_greedy_client_waits_and_is_told_and_others_go_on(vae_folder, runtime_di
             assert luna.vae.status()["leases"][str(os.getpid())]["bytes"] >= share
             held.clear()
             assert luna.vae.decode(clients.latent()).is_cuda
+
+
+def decoded(luna):
+    try:
+        return [luna.vae.decode(clients.latent())]
+    except errors.Broken:
+        return None
 
 
 def is_alive(pid: int) -> bool:
