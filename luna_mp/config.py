@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import os
 import re
 import sys
 from collections.abc import Mapping
@@ -222,10 +223,14 @@ def _checked(table: Mapping[str, Any], known: Mapping[str, type], where: str) ->
 
 def _converted(value: Any, kind: type, what: str) -> Any:
     if kind is tuple:
-        items = [value] if isinstance(value, str) else value
-        if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) for item in items):
+        items = [value] if isinstance(value, (str, os.PathLike)) else value
+        if not isinstance(items, (list, tuple)) or not all(
+            isinstance(item, (str, os.PathLike)) for item in items
+        ):
             raise BadConfig(f"{what} is {value!r}; it takes text or a list of texts")
-        return tuple(items)
+        return tuple(map(os.fspath, items))
+    if kind is str and isinstance(value, os.PathLike):
+        return os.fspath(value)
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:

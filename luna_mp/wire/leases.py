@@ -81,8 +81,12 @@ class LeaseBook(Generic[T]):
         self._is_gone = is_gone
         self._numbers = itertools.count(1)
         self._leases: dict[int, _Lease[T]] = {}
-        self._changed = threading.Condition()
-        self._is_closed = False
+        self._lock = threading.Lock()
+        # The sweeper sleeps on the one, clients over their share on the other; an export while
+        # neither sleeps wakes nobody.
+        self._wanted = threading.Event()
+        self._returned = threading.Condition(self._lock)
+        self._closing = threading.Event()
         #: called when nothing has been leased for a while, or was left by the dead
         self.when_idle: Callable[[], None] = lambda: None
         self._sweeper = threading.Thread(target=self._look_after, name="leases", daemon=True)
@@ -93,15 +97,16 @@ class LeaseBook(Generic[T]):
 
     def add(self, owner: Owner, nbytes: int, held: T, counter: Counter) -> int:
         """Note an export; returns its number, by which the client may name it."""
-        with self._changed:
+        with self._lock:
             number = next(self._numbers)
             self._leases[number] = _Lease(owner, nbytes, held, counter)
-            self._changed.notify_all()
+        if not self._wanted.is_set():
+            self._wanted.set()
         return number
 
     def get(self, number: int, owner: Owner) -> T:
         """What a client names. Raises `Rejected` for what it does not hold."""
-        with self._changed:
+        with self._lock:
             lease = self._leases.get(number)
         if lease is None or lease.owner != owner:
             raise Rejected(f"lease {number} is not held by process {owner.pid}")
@@ -109,13 +114,13 @@ class LeaseBook(Generic[T]):
 
     def fence(self, number: int, fence: Fence) -> None:
         """Keep a lease until work of our own that reads it is done."""
-        with self._changed:
+        with self._lock:
             if number in self._leases:
                 self._leases[number].fences.append(fence)
 
     def leased(self, owner: Owner) -> int:
         """Bytes that a client process holds."""
-        with self._changed:
+        with self._lock:
             return sum(each.nbytes for each in self._leases.values() if each.owner == owner)
 
     def wait_for_room(self, owner: Owner, deadline: Deadline) -> None:
@@ -131,25 +136,25 @@ class LeaseBook(Generic[T]):
                     f"is {self.most} (--max-leased): drop results, or ask for device='cpu'"
                 )
             if not self.collect():
-                with self._changed:
-                    self._changed.wait(SWEEP_SECONDS)
+                with self._lock:
+                    self._returned.wait(SWEEP_SECONDS)
 
     def collect(self) -> int:
         """Take back what clients let go of; returns the bytes. Quick: it reads counters only."""
-        with self._changed:
+        with self._lock:
             over = [number for number, lease in self._leases.items() if lease.is_over()]
             freed = sum(self._leases.pop(number).nbytes for number in over)
             if over:
-                self._changed.notify_all()
+                self._returned.notify_all()
         return freed
 
     def sweep(self) -> int:
         """Take back also what the dead held; returns the bytes that those had."""
-        with self._changed:
+        with self._lock:
             owners = {lease.owner for lease in self._leases.values()}
         gone = {owner for owner in owners if self._is_gone(owner)}
         orphaned = 0
-        with self._changed:
+        with self._lock:
             for lease in self._leases.values():
                 if lease.owner in gone and lease.counter.value() > 0:
                     lease.counter.release()
@@ -162,7 +167,7 @@ class LeaseBook(Generic[T]):
     def to_data(self) -> dict[str, Any]:
         """Bytes and number of leases by pid, for `status`."""
         found: dict[str, Any] = {}
-        with self._changed:
+        with self._lock:
             for lease in self._leases.values():
                 entry = found.setdefault(str(lease.owner.pid), {"bytes": 0, "leases": 0})
                 entry["bytes"] += lease.nbytes
@@ -170,23 +175,26 @@ class LeaseBook(Generic[T]):
         return found
 
     def close(self) -> None:
-        with self._changed:
-            self._is_closed = True
-            self._changed.notify_all()
+        self._closing.set()
+        self._wanted.set()
         self._sweeper.join()
 
     def _look_after(self) -> None:
-        idle_since = time.monotonic()
-        is_fresh = True
-        while not self._is_closed:
+        while not self._closing.is_set():
+            self._wanted.wait()
+            # Cleared first: a lease that comes while the last ones go wakes the sweeper again.
+            self._wanted.clear()
+            self._look_after_leases()
+
+    def _look_after_leases(self) -> None:
+        """Sweep while anything is leased and for a while after; then the memory may go."""
+        last_seen = time.monotonic()
+        while not self._closing.wait(SWEEP_SECONDS):
             orphaned = self.sweep()
-            with self._changed:
-                if self._leases:
-                    is_fresh, idle_since = False, time.monotonic()
-                elif not is_fresh and (orphaned or time.monotonic() - idle_since > IDLE_SECONDS):
-                    self.when_idle()
-                    is_fresh = True
-                if is_fresh:
-                    self._changed.wait_for(lambda: self._leases or self._is_closed)
-                else:
-                    self._changed.wait_for(lambda: self._is_closed, SWEEP_SECONDS)
+            with self._lock:
+                is_idle = not self._leases
+            if not is_idle:
+                last_seen = time.monotonic()
+            elif orphaned or time.monotonic() - last_seen > IDLE_SECONDS:
+                self.when_idle()
+                return

@@ -20,9 +20,11 @@ BACKLOG = 128
 KEEPALIVE_IDLE = 30  # seconds of silence after which TCP asks whether the peer is still there
 CONNECT_RETRY = 0.01  # seconds; Linux answers EAGAIN while the backlog of a Unix socket is full
 
-# A sleeping thread takes some 50 µs to wake, on virtual machines more; a short answer is awaited
-# awake. Longer than this nobody spins.
-SPIN_SECONDS = 100e-6
+# A sleeping thread takes some 50 µs to wake, on virtual machines more; what comes soon is awaited
+# awake. Longer than this nobody spins: a client for its answer, a service for the next request,
+# shorter since it has other threads to run.
+CLIENT_SPIN = 300e-6  # seconds
+SERVICE_SPIN = 100e-6
 READ_AHEAD = 8192  # bytes; more than a message without tensors has
 MAX_PARTS = 64  # of one system call
 FDS_SPACE = socket.CMSG_SPACE(MAX_FDS * 4) if hasattr(socket, "CMSG_SPACE") else 0
@@ -49,8 +51,9 @@ class Stream:
     where a message starts: close it.
     """
 
-    def __init__(self, sock: socket.socket, peer: str) -> None:
+    def __init__(self, sock: socket.socket, peer: str, spin: float = SERVICE_SPIN) -> None:
         self._sock = sock
+        self._spin = spin
         self.peer = peer
         self.is_local = sock.family == getattr(socket, "AF_UNIX", None)
         self._fds: list[int] = []
@@ -193,8 +196,10 @@ def connect(address: str | tuple[str, int], deadline: Deadline) -> Stream:
     peer = address if isinstance(address, str) else f"{address[0]}:{address[1]}"
     try:
         if not isinstance(address, str):
-            return Stream(socket.create_connection(address, deadline.remaining()), peer)
-        return Stream(_connect_unix(address, deadline), peer)
+            return Stream(
+                socket.create_connection(address, deadline.remaining()), peer, CLIENT_SPIN
+            )
+        return Stream(_connect_unix(address, deadline), peer, CLIENT_SPIN)
     except OSError as exc:
         raise _translated(exc, peer, deadline) from exc
 

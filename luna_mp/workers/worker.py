@@ -67,5 +67,6 @@ class Worker(Generic[M]):
                 torch.cuda.set_device(self.device)
             yield self.library.get(wanted)
             if self.device.type == "cuda":
+                memory.drop_workspaces()
                 # Before the next in line queues its own: what reads the result waits for this.
                 call.after = torch.cuda.current_stream(self.device).record_event()
