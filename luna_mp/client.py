@@ -88,6 +88,9 @@ class _Endpoint:
         request = {"method": method, "args": args, "kwargs": kwargs, "device": device}
         try:
             reply = self._exchange(request, deadline)
+        except stream.NeverRead:
+            # The service was ending as the call came in; the call waits for its successor.
+            reply = self._exchange(request, deadline)
         except CarrierFailed as exc:
             logger.warning("%s: %s; tensors go by shared memory from now on", self.role, exc)
             self._avoid(str(exc))
@@ -142,7 +145,7 @@ class _Endpoint:
             raise
         try:
             reply = channel.recv(deadline)
-        except CarrierFailed:
+        except (CarrierFailed, stream.NeverRead):
             channel.close()
             raise
         except Broken as exc:

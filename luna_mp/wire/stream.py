@@ -13,7 +13,7 @@ from typing import Any
 from luna_mp.deadline import Deadline
 from luna_mp.errors import Broken, LunaError, Unavailable
 
-__all__ = ("Stream", "connect", "listen")
+__all__ = ("NeverRead", "Stream", "connect", "listen")
 
 MAX_FDS = 16  # descriptors that one header may bring
 BACKLOG = 128
@@ -32,6 +32,10 @@ FDS_SPACE = socket.CMSG_SPACE(MAX_FDS * 4) if hasattr(socket, "CMSG_SPACE") else
 Buffer = bytes | bytearray | memoryview
 
 
+class NeverRead(Broken):
+    """Raised when the peer ended with what was sent still unread: to send it again is safe."""
+
+
 def _translated(exc: OSError, peer: str, deadline: Deadline) -> LunaError:
     """The one table from what the OS raises to what a caller can act on."""
     match exc:
@@ -41,6 +45,8 @@ def _translated(exc: OSError, peer: str, deadline: Deadline) -> LunaError:
             return Unavailable(f"no service answers at {peer} ({exc.strerror})")
         case PermissionError():
             return Unavailable(f"{peer} may not be opened by this user ({exc.strerror})")
+        case ConnectionResetError() | BrokenPipeError():
+            return NeverRead(f"{peer} ended before it read the message ({exc.strerror})")
     return Broken(f"the connection to {peer} broke: {exc.strerror or exc}")
 
 
@@ -108,7 +114,7 @@ class Stream:
             self._buffer[:have] = bytes(self._ahead)
         while have < size:
             have += self._wait_for(
-                self._recv_with_fds, (self._buffer[have:],), deadline, SPIN_SECONDS
+                self._recv_with_fds, (self._buffer[have:],), deadline, self._spin
             )
         self._ahead = self._buffer[size:have]
         return bytes(self._buffer[:size])
