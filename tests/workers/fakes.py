@@ -1,0 +1,83 @@
+"""Fakes of our own interfaces: a call, and a VAE that does as it is told."""
+
+from __future__ import annotations
+
+import torch
+
+from luna_mp.models.base import ClipModel, Conditioning, ModelSpec, VaeModel
+from luna_mp.models.library import Library
+
+
+class FakeCall:
+    after = None
+
+    def __init__(self, client="client", method="decode"):
+        self.client = client
+        self.method = method
+        self.is_gone = False
+
+    def is_abandoned(self):
+        return self.is_gone
+
+    def wait_for_room(self):
+        pass
+
+
+class FakeVae(VaeModel):
+    """Raises each of `errors` once, then answers; notes what was asked, and in which mode."""
+
+    device = torch.device("cpu")
+    dtype = torch.float32
+    latent_channels, image_channels, spatial_dims, spatial_ratio = 4, 3, 2, 8
+
+    def __init__(self, *errors):
+        self.errors = list(errors)
+        self.asked = []
+
+    def decode(self, latent):
+        return self._answer("decode", latent)
+
+    def encode(self, image):
+        return self._answer("encode", image)
+
+    def decode_tiled(self, latent):
+        return self._answer("decode_tiled", latent)
+
+    def encode_tiled(self, image):
+        return self._answer("encode_tiled", image)
+
+    def weight_bytes(self):
+        return 4
+
+    def _answer(self, what, tensor):
+        assert torch.is_inference_mode_enabled()
+        self.asked.append(what)
+        if self.errors:
+            raise self.errors.pop(0)
+        return tensor + 1
+
+
+class FakeClip(ClipModel):
+    device = torch.device("cpu")
+    dtype = torch.float32
+
+    def __init__(self):
+        self.asked = []
+
+    def tokenize(self, text):
+        return {"fake": [len(text)]}
+
+    def encode(self, text):
+        self.asked.append(text)
+        return Conditioning(torch.full((1, 1, 256), float(len(text))), None, {})
+
+    def weight_bytes(self):
+        return 4
+
+
+def library(model, allowed=(), most=2):
+    """A library whose default is `model` and whose others are new ones of its class."""
+    models = [model]
+    return Library(
+        lambda spec: models.pop() if models else type(model)(), ModelSpec(), allowed, most
+    )
