@@ -38,7 +38,7 @@ def comfyui_files(folder):
     from tests.models import comfy_makers
 
     folder.mkdir()
-    options = comfy_makers.write(folder, comfyui)
+    options = comfy_makers.write(folder)
     return {"comfyui": comfyui, **options}
 
 
