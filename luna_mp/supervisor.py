@@ -25,7 +25,7 @@ from luna_mp.config import ServeConfig, ServiceConfig
 from luna_mp.deadline import Deadline
 from luna_mp.errors import BootFailed, TimedOut
 from luna_mp.spawning import command
-from luna_mp.wire.leftovers import remove_counters
+from luna_mp.wire.leftovers import remove_leftovers
 
 __all__ = ("Supervisor",)
 
@@ -167,7 +167,7 @@ class _Child:
             self._reader.join(KILL_SECONDS)
         assert process.stdout is not None
         process.stdout.close()
-        remove_counters(process.pid)
+        remove_leftovers(process.pid)
         self._said = queue.Queue()
 
     def kill(self) -> None:

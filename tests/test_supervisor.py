@@ -193,3 +193,13 @@ def test_killed_supervisor_leaves_no_service():
         service = psutil.Process(int(owner.stdout.readline()))
         owner.kill()
     service.wait(10.0)
+
+
+def test_what_a_killed_service_left_in_shared_memory_is_removed(monkeypatch, tmp_path):
+    from luna_mp.wire import leftovers
+
+    monkeypatch.setattr(leftovers, "SHARED_MEMORY", tmp_path)
+    for name in ("torch_77_1_0", "torch_777_1_0", "cuda.shm.0.4d.1", "cuda.shm.0.4e.1"):
+        (tmp_path / name).touch()
+    leftovers.remove_leftovers(77)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["cuda.shm.0.4e.1", "torch_777_1_0"]

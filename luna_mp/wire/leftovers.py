@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ("remove_counters",)
+__all__ = ("remove_leftovers",)
 
 SHARED_MEMORY = Path("/dev/shm")
 
 
-def remove_counters(pid: int) -> None:
-    """Remove the files in which torch counts a process's exports; the process must have ended.
+def remove_leftovers(pid: int) -> None:
+    """Remove what a process that has ended left in /dev/shm; after an orderly end that is nothing.
 
-    They are named torch_PID_RANDOM_NUMBER (torch's MapAllocator). Torch removes them itself when
-    the last of all their users ends in order; one that was killed never does.
+    torch_PID_RANDOM_NUMBER  torch's counters of what it exported (MapAllocator): removed when the
+                             last user ends in order, which a killed one never does
+    cuda.shm.GPU.HEXPID.N    the CUDA driver's own
     """
-    for path in SHARED_MEMORY.glob(f"torch_{pid}_*"):
-        path.unlink(missing_ok=True)
+    for pattern in (f"torch_{pid}_*", f"cuda.shm.*.{pid:x}.*"):
+        for path in SHARED_MEMORY.glob(pattern):
+            path.unlink(missing_ok=True)
