@@ -98,7 +98,8 @@ class Calls:
             reply = _failure(exc)
         # On a GPU the inputs are read until the work is done, which the reply does not wait for.
         self._channel.settle(call.after if call else None)
-        self._sessions.count(self._session, failed="error" in reply)
+        if "method" in request:
+            self._sessions.count(self._session, failed="error" in reply)
         deadline = Deadline(SEND_SECONDS, f"{self._channel.stream.peer} taking its reply")
         try:
             self._channel.send(

@@ -1,0 +1,100 @@
+"""The lease book, without a GPU: what comes back, when, and whom it keeps waiting."""
+
+from __future__ import annotations
+
+import pytest
+
+from luna_mp.deadline import Deadline
+from luna_mp.errors import OutOfMemory, Rejected
+from luna_mp.wire import leases
+from luna_mp.wire.leases import LeaseBook, Owner
+from tests.helpers import wait_until
+
+ALICE, BOB = Owner(1, 1.0), Owner(2, 2.0)
+
+
+class FakeCounter:
+    holders = 1
+
+    def value(self):
+        return self.holders
+
+    def release(self):
+        self.holders -= 1
+
+
+class FakeFence:
+    is_done = False
+
+    def query(self):
+        return self.is_done
+
+
+@pytest.fixture
+def dead():
+    return set()
+
+
+@pytest.fixture
+def book(dead, monkeypatch):
+    monkeypatch.setattr(leases, "SWEEP_SECONDS", 0.01)
+    monkeypatch.setattr(leases, "WAIT_SECONDS", 0.1)
+    book = LeaseBook(most=100, is_gone=dead.__contains__)
+    yield book
+    book.close()
+
+
+def test_what_a_client_lets_go_of_comes_back(book):
+    counter = FakeCounter()
+    book.add(ALICE, 10, "result", counter)
+    assert book.collect() == 0
+    counter.holders = 0
+    assert book.collect() == 10
+    assert book.to_data() == {}
+
+
+def test_what_a_dead_client_held_comes_back_and_the_living_keep_theirs(book, dead):
+    book.add(ALICE, 10, "a", FakeCounter())
+    book.add(BOB, 20, "b", FakeCounter())
+    dead.add(ALICE)
+    wait_until(lambda: book.to_data() == {"2": {"bytes": 20, "leases": 1}})
+
+
+def test_a_lease_stays_while_our_own_work_reads_it(book):
+    counter, fence = FakeCounter(), FakeFence()
+    number = book.add(ALICE, 10, "result", counter)
+    book.fence(number, fence)
+    counter.holders = 0
+    assert book.collect() == 0
+    fence.is_done = True
+    wait_until(lambda: book.to_data() == {})
+
+
+def test_only_its_holder_can_name_a_lease(book):
+    number = book.add(ALICE, 10, "result", FakeCounter())
+    assert book.get(number, ALICE) == "result"
+    for wrong in ((number, BOB), (number + 1, ALICE)):
+        with pytest.raises(Rejected, match="is not held by process"):
+            book.get(*wrong)
+
+
+def test_a_client_over_its_share_is_told_and_others_do_not_wait(book):
+    book.add(ALICE, 100, "result", FakeCounter())
+    with pytest.raises(OutOfMemory, match="holds 100 bytes .* its share is 100"):
+        book.wait_for_room(ALICE, Deadline(5, "the call"))
+    book.wait_for_room(BOB, Deadline(5, "the call"))
+
+
+def test_a_client_over_its_share_goes_on_once_it_lets_go(book):
+    counter = FakeCounter()
+    book.add(ALICE, 100, "result", counter)
+    counter.holders = 0
+    book.wait_for_room(ALICE, Deadline(5, "the call"))
+
+
+def test_memory_is_given_back_when_the_dead_held_the_last_of_it(book, dead):
+    idle = []
+    book.when_idle = lambda: idle.append(True)
+    book.add(ALICE, 10, "result", FakeCounter())
+    dead.add(ALICE)
+    wait_until(lambda: idle)
