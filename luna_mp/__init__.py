@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from luna_mp import errors
 
 if TYPE_CHECKING:
-    from luna_mp.client import ClipProxy, Luna, VaeProxy, connect
+    from luna_mp.client import Luna, connect
+    from luna_mp.proxies import ClipProxy, VaeProxy
     from luna_mp.serving import Serving, serve
 
 __version__ = "0.1.0"
@@ -15,7 +16,8 @@ __version__ = "0.1.0"
 __all__ = ("ClipProxy", "Luna", "Serving", "VaeProxy", "connect", "errors", "serve")
 
 _HOMES = {
-    **dict.fromkeys(("ClipProxy", "Luna", "VaeProxy", "connect"), "luna_mp.client"),
+    **dict.fromkeys(("Luna", "connect"), "luna_mp.client"),
+    **dict.fromkeys(("ClipProxy", "VaeProxy"), "luna_mp.proxies"),
     **dict.fromkeys(("Serving", "serve"), "luna_mp.serving"),
 }
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from luna_mp.client import _Endpoint
+from luna_mp.endpoint import Endpoint
 from luna_mp.manager import LocalManager, RemoteManager, Server
 from luna_mp.sessions import Sessions
 
@@ -43,9 +43,9 @@ def served(
 
 
 @contextmanager
-def endpoint(server: Server, key: bytes = KEY) -> Iterator[_Endpoint]:
+def endpoint(server: Server, key: bytes = KEY) -> Iterator[Endpoint]:
     """A client of that server."""
-    client = _Endpoint("vae", lambda: server.address, key)
+    client = Endpoint("vae", lambda: server.address, key)
     try:
         yield client
     finally:

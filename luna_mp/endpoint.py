@@ -1,0 +1,214 @@
+"""One service as one client sees it: a pool of connections that open, fail and open again."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from luna_mp.config import Role, ServiceConfig
+from luna_mp.deadline import Deadline
+from luna_mp.errors import Broken, Rejected, Unavailable, revive
+from luna_mp.wire import handshake, probe, stream
+from luna_mp.wire.carrier import CarrierFailed
+from luna_mp.wire.channel import Channel
+
+__all__ = ("Address", "Endpoint")
+
+logger = logging.getLogger(__name__)
+
+#: how long a call waits for a service that was there before and is being restarted
+RECONNECT_SECONDS = 60.0
+RETRY_SECONDS = (0.02, 1.0)  # between two attempts, at first and at most
+MAX_CONNECTIONS = 16  # of one client to one service; more threads than that wait
+MAX_IDLE = 4
+WATCH_SECONDS = 0.5  # between two looks at whether the service is there, while its GPU is shared
+
+Address = str | tuple[str, int]
+
+
+class Endpoint:
+    """One service as one client sees it: a pool of connections, each used by one call at a time.
+
+    `locate` is asked again for each connection, since a service may come back elsewhere.
+    """
+
+    def __init__(
+        self, role: Role, locate: Callable[[], Address], key: bytes, wants_gpu: bool = False
+    ) -> None:
+        self.role = role
+        self.carrier = ""
+        self.reason = ""
+        self._locate = locate
+        self._key = key
+        self._client_id = uuid.uuid4().hex
+        self._max_message = ServiceConfig.max_message
+        self._wants_gpu = wants_gpu
+        #: why the GPU is not shared any more, after that failed in mid-life
+        self._avoided = ""
+        self._lock = threading.Lock()
+        self._slots = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self._idle: list[Channel] = []
+        self._pid = os.getpid()
+        self._was_there = False
+        self._is_closed = False
+        self._closing = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name=f"{role} watcher", daemon=True)
+
+    def __repr__(self) -> str:
+        state = "closed" if self._is_closed else f"{self.carrier}, {len(self._idle)} idle"
+        return f"<Endpoint {self.role}: {state}>"
+
+    def call(
+        self,
+        method: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        seconds: float,
+        device: str = "",
+    ) -> Any:
+        """Make one call; `device` "cpu" wants its tensors there.
+
+        Raises `LunaError`; any other call is unaffected by its failure.
+        """
+        deadline = Deadline(seconds, f"{self.role}.{method}")
+        if not self._slots.acquire(timeout=deadline.remaining()):
+            deadline.remaining()
+        request = {"method": method, "args": args, "kwargs": kwargs, "device": device}
+        try:
+            reply = self._exchange(request, deadline)
+        except stream.NeverRead:
+            # The service was ending as the call came in; the call waits for its successor.
+            reply = self._exchange(request, deadline)
+        except CarrierFailed as exc:
+            logger.warning("%s: %s; tensors go by shared memory from now on", self.role, exc)
+            self._avoid(str(exc))
+            reply = self._exchange(request, deadline)
+        finally:
+            self._slots.release()
+        if "error" in reply:
+            raise revive(reply["kind"], reply["error"], reply["traceback"])
+        return reply["result"]
+
+    def open(self, deadline: Deadline) -> None:
+        """Make sure that the service answers. Raises `LunaError`."""
+        self._give_back(self._take(deadline))
+
+    def close(self) -> None:
+        with self._lock:
+            self._is_closed = True
+            idle, self._idle = self._idle, []
+        for channel in idle:
+            channel.close()
+        self._closing.set()
+        if self._watcher.ident is not None:
+            self._watcher.join()
+
+    def _watch(self) -> None:
+        """Close connections whose service died: what they map would keep its VRAM taken."""
+        while not self._closing.wait(WATCH_SECONDS):
+            with self._lock:
+                gone = [channel for channel in self._idle if channel.stream.peer_has_gone]
+                self._idle = [channel for channel in self._idle if channel not in gone]
+            for channel in gone:
+                channel.close()
+
+    def _avoid(self, reason: str) -> None:
+        """Share the GPU no more; connections that do are closed."""
+        with self._lock:
+            self._avoided = reason
+            idle, self._idle = self._idle, []
+        for channel in idle:
+            channel.close()
+
+    def _exchange(self, request: dict[str, Any], deadline: Deadline) -> dict[str, Any]:
+        channel = self._take(deadline)
+        request["timeout"] = deadline.remaining()
+        try:
+            channel.send(request, deadline)
+        except Rejected:
+            self._give_back(channel)
+            raise
+        except BaseException:
+            channel.close()
+            raise
+        try:
+            reply = channel.recv(deadline)
+        except (CarrierFailed, stream.NeverRead):
+            channel.close()
+            raise
+        except Broken as exc:
+            channel.close()
+            raise Broken(
+                f"the {self.role} service was lost during {request['method']} ({exc}); "
+                "if it is restarted, the next call finds it again"
+            ) from exc
+        except BaseException:
+            # Closing is what tells the service that nobody waits for this call any more.
+            channel.close()
+            raise
+        self._give_back(channel)
+        return reply
+
+    def _take(self, deadline: Deadline) -> Channel:
+        """An idle connection that is still alive, or a new one."""
+        with self._lock:
+            if self._is_closed:
+                raise Unavailable(f"this client of the {self.role} service was closed")
+            if self._pid != os.getpid():
+                # A fork shares its parent's sockets; what it reads there is the parent's.
+                self._idle, self._pid = [], os.getpid()
+                self._client_id = uuid.uuid4().hex
+        while channel := self._pop():
+            if not channel.stream.peer_has_gone:
+                return channel
+            channel.close()
+        return self._reconnect(deadline)
+
+    def _pop(self) -> Channel | None:
+        with self._lock:
+            return self._idle.pop() if self._idle else None
+
+    def _give_back(self, channel: Channel) -> None:
+        with self._lock:
+            if not self._is_closed and len(self._idle) < MAX_IDLE:
+                self._idle.append(channel)
+                return
+        channel.close()
+
+    def _reconnect(self, deadline: Deadline) -> Channel:
+        """Open a connection; a service that was there before is given time to come back."""
+        patience = Deadline(RECONNECT_SECONDS, f"waiting for the {self.role} service")
+        pause, longest = RETRY_SECONDS
+        while True:
+            try:
+                channel = self._open(deadline)
+            except (Unavailable, Broken):
+                if not self._was_there or patience.has_passed or deadline.has_passed:
+                    raise
+                time.sleep(min(pause, deadline.remaining()))
+                pause = min(2 * pause, longest)
+            else:
+                self._was_there = True
+                return channel
+
+    def _open(self, deadline: Deadline) -> Channel:
+        connected = stream.connect(self._locate(), deadline)
+        channel = Channel(connected, self._max_message)
+        try:
+            mine = handshake.identity(self._client_id, self._max_message)
+            theirs = handshake.greet(connected, self._key, mine)
+            channel.max_message = min(self._max_message, theirs.max_message)
+            self.reason = probe.choose(channel, theirs, self._wants_gpu, self._avoided)
+        except BaseException:
+            channel.close()
+            raise
+        self.carrier = channel.carrier
+        with self._lock:
+            if self.carrier == "cuda" and self._watcher.ident is None and not self._is_closed:
+                self._watcher.start()
+        return channel
