@@ -41,7 +41,8 @@ def write_tokenizer(folder: Path) -> dict[str, int]:
     symbols = _byte_symbols()
     vocabulary = {s: i for i, s in enumerate(symbols + [s + "</w>" for s in symbols])}
     merges: list[str] = []
-    for word in _WORDS.split():
+    # longest first: a short word's merge would break the longer words that end like it
+    for word in sorted(_WORDS.split(), key=len, reverse=True):
         parts = [*word[:-1], word[-1] + "</w>"]
         while len(parts) > 1:
             merge = f"{parts[0]} {parts[1]}"

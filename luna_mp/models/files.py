@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from luna_mp.errors import BadConfig, BadModel
+from luna_mp.errors import BadConfig, BadModel, LunaError
 
 __all__ = (
     "Component",
@@ -183,10 +183,9 @@ def reading(path: Path) -> Iterator[None]:
     """Turn what the libraries raise for unfit files into a `BadModel` that names `path`."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, LunaError):
         raise
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as exc:
-        # the libraries raise no classes of their own; these are what unfit configs lead to
+    except Exception as exc:  # unfit files lead the libraries to errors of every class
         reason = " ".join(str(exc).split())[:400]
         found = f"files that its library refuses ({type(exc).__name__}: {reason})"
         remedy = "check that config and weights belong together, and the library's version"
