@@ -17,7 +17,7 @@ from luna_mp.endpoint import Address, Endpoint
 from luna_mp.errors import BadConfig, LunaError, Unavailable
 from luna_mp.proxies import CONNECT_SECONDS, ClipProxy, Proxy, VaeProxy
 
-__all__ = ("Luna", "connect")
+__all__ = ("Luna", "connect", "open_endpoint")
 
 
 class Luna:
@@ -101,21 +101,17 @@ def connect(
 
     Raises `Unavailable` where nothing answers, `WrongKey`, `WrongVersion`, `TimedOut`, `BadConfig`.
     """
-    directory = runtime.runtime_dir(runtime_dir)
-    key = runtime.parse_key(authkey) if authkey else runtime.authkey(authkey_file, directory)
     named: dict[Role, str | None] = {"clip": clip, "vae": vae}
     is_named = any(named.values())
-    wants_gpu = gpu and torch.cuda.is_available()
     luna = Luna({})
     missing: LunaError | None = None
     deadline = Deadline(timeout, "connecting to luna-mp")
+    options = (authkey, authkey_file, runtime_dir, gpu)
     for role in ROLES:
-        address = named[role]
-        if is_named and not address:
+        if is_named and not named[role]:
             continue
-        endpoint = Endpoint(role, _locator(role, address, directory), key, wants_gpu)
         try:
-            endpoint.open(deadline)
+            luna._endpoints[role] = open_endpoint(role, named[role], deadline, *options)
         except Unavailable as exc:
             missing = missing or exc
             if is_named:
@@ -124,11 +120,31 @@ def connect(
         except BaseException:
             luna.close()
             raise
-        else:
-            luna._endpoints[role] = endpoint
     if missing and not luna.carriers:
         raise missing
     return luna
+
+
+def open_endpoint(
+    role: Role,
+    address: str | None = None,
+    deadline: Deadline | None = None,
+    authkey: bytes | str | None = None,
+    authkey_file: str = "",
+    runtime_dir: str = "",
+    gpu: bool = True,
+) -> Endpoint:
+    """One service, connected; everything else as for `connect`."""
+    directory = runtime.runtime_dir(runtime_dir)
+    key = runtime.parse_key(authkey) if authkey else runtime.authkey(authkey_file, directory)
+    wants_gpu = gpu and torch.cuda.is_available()
+    endpoint = Endpoint(role, _locator(role, address, directory), key, wants_gpu)
+    try:
+        endpoint.open(deadline or Deadline(CONNECT_SECONDS, f"connecting to the {role} service"))
+    except BaseException:
+        endpoint.close()
+        raise
+    return endpoint
 
 
 def _locator(role: Role, address: str | None, directory: Path) -> Callable[[], Address]:

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from luna_mp.errors import TimedOut
 
 __all__ = ("Deadline",)
 
 
+CHECK_SECONDS = 0.1  # between two questions whether a wait is still wanted
+
+
 class Deadline:
-    """`seconds` from its making; `what` is the text of the error when it has passed."""
+    """`seconds` from its making; `what` is the text of the error when it has passed.
 
-    __slots__ = ("_at", "seconds", "what")
+    `check` is asked all the while, and raises when the wait is not wanted any more.
+    """
 
-    def __init__(self, seconds: float, what: str) -> None:
+    __slots__ = ("_at", "_check", "seconds", "what")
+
+    def __init__(
+        self, seconds: float, what: str, check: Callable[[], object] | None = None
+    ) -> None:
         self.seconds = seconds
         self.what = what
+        self._check = check
         self._at = time.monotonic() + seconds
 
     def __repr__(self) -> str:
@@ -32,6 +42,14 @@ class Deadline:
         if left <= 0:
             raise self.error()
         return left
+
+    def pause(self) -> float:
+        """Seconds to wait at most before asking again; raises `TimedOut`, or what `check` does."""
+        left = self.remaining()
+        if self._check is None:
+            return left
+        self._check()
+        return min(left, CHECK_SECONDS)
 
     def error(self) -> TimedOut:
         return TimedOut(f"{self.what} took longer than {self.seconds:g} s")

@@ -70,14 +70,16 @@ class Endpoint:
         kwargs: dict[str, Any],
         seconds: float,
         device: str = "",
+        check: Callable[[], object] | None = None,
     ) -> Any:
         """Make one call; `device` "cpu" wants its tensors there.
 
+        `check` is asked while the call waits; what it raises withdraws the call.
         Raises `LunaError`; any other call is unaffected by its failure.
         """
-        deadline = Deadline(seconds, f"{self.role}.{method}")
-        if not self._slots.acquire(timeout=deadline.remaining()):
-            deadline.remaining()
+        deadline = Deadline(seconds, f"{self.role}.{method}", check)
+        while not self._slots.acquire(timeout=deadline.pause()):
+            continue
         request = {"method": method, "args": args, "kwargs": kwargs, "device": device}
         try:
             reply = self._exchange(request, deadline)
@@ -190,7 +192,7 @@ class Endpoint:
             except (Unavailable, Broken):
                 if not self._was_there or patience.has_passed or deadline.has_passed:
                     raise
-                time.sleep(min(pause, deadline.remaining()))
+                time.sleep(min(pause, deadline.pause()))
                 pause = min(2 * pause, longest)
             else:
                 self._was_there = True

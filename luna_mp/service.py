@@ -32,6 +32,7 @@ from luna_mp.models.library import Library
 from luna_mp.sessions import Sessions
 from luna_mp.wire import stream
 from luna_mp.workers.clip import ClipWorker
+from luna_mp.workers.comfyui import ComfyClipCalls, ComfyVaeCalls
 from luna_mp.workers.queue import Call
 from luna_mp.workers.vae import VaeWorker
 from luna_mp.workers.worker import Worker
@@ -68,7 +69,7 @@ class Service:
 
     def start(self) -> dict[str, Any]:
         """Listen; returns what `ready` says, which is also the instance's record."""
-        calls = {**self._worker.calls(), "status": self._status}
+        calls = {**self._worker.calls(), **_comfyui_calls(self._worker), "status": self._status}
         remote = self._serve(RemoteManager, (self._config.host, self._config.port), calls)
         host, port = cast("tuple[str, int]", remote.address)
         self._port = port
@@ -147,6 +148,12 @@ def _build(config: ServiceConfig) -> Worker[Any]:
         clips = Library(lambda spec: load_clip(spec, str(device), config.comfyui), *options)
         return ClipWorker(clips, config.cache_bytes)
     return VaeWorker(Library(lambda spec: load_vae(spec, str(device), config.comfyui), *options))
+
+
+def _comfyui_calls(worker: Worker[Any]) -> dict[str, Callable[..., Any]]:
+    if isinstance(worker, ClipWorker):
+        return ComfyClipCalls(worker).calls()
+    return ComfyVaeCalls(cast("VaeWorker", worker)).calls()
 
 
 def _exporter(device: torch.device, most: int) -> Any:

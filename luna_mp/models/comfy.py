@@ -10,17 +10,27 @@ import contextlib
 import importlib
 import inspect
 import sys
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from luna_mp.errors import BadConfig
+from luna_mp.errors import BadConfig, Rejected
 from luna_mp.models import files
 from luna_mp.models.base import ClipModel, Conditioning, ModelSpec, VaeModel
 
-__all__ = ("ComfyClip", "ComfyVae", "import_comfy", "load_clip", "load_vae")
+__all__ = (
+    "ComfyClip",
+    "ComfyVae",
+    "NamedPatches",
+    "clip_type",
+    "import_comfy",
+    "is_checkpoint",
+    "load_clip",
+    "load_vae",
+)
 
 #: our names for families that ComfyUI tells apart by the files alone
 _TYPE_ALIASES = dict.fromkeys(("auto", "sd1", "sd2", "sdxl"), "STABLE_DIFFUSION")
@@ -30,6 +40,8 @@ _CHECKPOINT_PREFIX = "model.diffusion_model."
 _OPENCLIP_KEY = "transformer.resblocks.0.ln_1.weight"
 #: an embedding vector in a prompt has no token id
 _NO_ID = -1
+#: patched clones that one model keeps
+MAX_VARIANTS = 16
 
 
 class ComfyVae(VaeModel):
@@ -68,6 +80,23 @@ class ComfyVae(VaeModel):
     def weight_bytes(self) -> int:
         return int(self.vae.patcher.model_size())
 
+    def run(self, method: str, tensor: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
+        """One method of the network itself, without what `comfy.sd.VAE` does around it.
+
+        `tensor` is in the network's dtype and layout, as that class would give it; a batch that is
+        larger than the free memory goes in parts, as there. Raises `torch.OutOfMemoryError`.
+        """
+        management = importlib.import_module("comfy.model_management")
+        vae = self.vae
+        estimate = vae.memory_used_decode if "decode" in method else vae.memory_used_encode
+        needed = estimate(tensor.shape, vae.vae_dtype)
+        full = vae.disable_offload
+        management.load_models_gpu([vae.patcher], memory_required=needed, force_full_load=full)
+        most = max(1, int(management.get_free_memory(vae.device) / max(1, needed)))
+        work = getattr(vae.first_stage_model, method)
+        parts = [work(part.to(vae.device), **options) for part in tensor.split(most)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
     def _tiles(self, decoding: bool) -> dict[str, int]:
         """Tile sizes where ComfyUI's methods have no defaults: those of its own fallback."""
         if self.spatial_dims == 3:
@@ -85,6 +114,7 @@ class ComfyClip(ClipModel):
 
     def __init__(self, clip: Any, device: torch.device) -> None:
         self.clip = clip
+        self._variants: OrderedDict[str, Any] = OrderedDict()
         self.device = device
         self.dtype = next(clip.cond_stage_model.parameters()).dtype
 
@@ -101,12 +131,79 @@ class ComfyClip(ClipModel):
         }
 
     def encode(self, text: str) -> Conditioning:
-        output = self.clip.encode_from_tokens(self.clip.tokenize(text), return_dict=True)
+        return self.encode_tokens(self.clip.tokenize(text), {})
+
+    def encode_tokens(
+        self,
+        tokens: dict[str, Any],
+        options: dict[str, Any],
+        patches: NamedPatches | None = None,
+        hooked: NamedPatches | None = None,
+    ) -> Conditioning:
+        """Conditioning of what ComfyUI's tokenizer made, under options and patches of this call.
+
+        `options` are those of `set_clip_options`: "layer" and "projected_pooled"; `patches` are
+        laid on the weights, then `hooked`, for this call only, on those.
+        """
+        clip = self._variant(patches)
+        clip.layer_idx = options.get("layer")
+        pooled = "unprojected" if options.get("projected_pooled") is False else True
+        with _hooked(clip, hooked.read() if hooked else {}):
+            output = clip.encode_from_tokens(tokens, return_pooled=pooled, return_dict=True)
         extras = {k: v for k, v in output.items() if k not in ("cond", "pooled_output")}
         return Conditioning(output["cond"], output["pooled_output"], extras)
 
+    def weight(self, key: str) -> tuple[Any, Any]:
+        """An unpatched weight, and the function that reads it: what a merge takes from a model."""
+        importlib.import_module("comfy.model_management").load_models_gpu([self.clip.patcher])
+        found = self.clip.get_key_patches()
+        if key not in found:
+            raise Rejected(f"a merge names the weight {key!r:.200}, which this model does not have")
+        pair: tuple[Any, Any] = found[key][0]
+        return pair
+
     def weight_bytes(self) -> int:
         return int(self.clip.patcher.model_size())
+
+    def _variant(self, patches: NamedPatches | None) -> Any:
+        """A clone with those patches: ComfyUI lays them on when another one was in use before."""
+        name = patches.name if patches else ""
+        if name not in self._variants:
+            variant = self._variants[name] = self.clip.clone()
+            if patches:
+                variant.patcher.patches = dict(patches.read())
+                # equal for equal patches, so that what is laid on already stays
+                variant.patcher.patches_uuid = name
+        self._variants.move_to_end(name)
+        while len(self._variants) > MAX_VARIANTS:
+            self._variants.popitem(last=False)
+        return self._variants[name]
+
+
+class NamedPatches(NamedTuple):
+    """Patches as `ModelPatcher` holds them, made when they are needed; `name` stands for them."""
+
+    name: str
+    read: Callable[[], Mapping[str, Any]]
+
+
+@contextlib.contextmanager
+def _hooked(clip: Any, patches: Mapping[str, Any]) -> Iterator[None]:
+    """Lay patches on the patched weights, as ComfyUI's hooks do, and take them off again."""
+    if not patches:
+        yield
+        return
+    patcher = clip.load_model()
+    # loading again would take them off
+    clip.load_model = lambda *_, **__: patcher
+    try:
+        originals = patcher.get_key_patches()
+        for key in patches:
+            patcher.patch_hook_weight_to_device(None, patches, key, originals, None)
+        yield
+    finally:
+        patcher.unpatch_hooks()
+        del clip.load_model
 
 
 def load_clip(spec: ModelSpec, device: str, comfyui: str) -> ComfyClip:
@@ -121,7 +218,7 @@ def load_clip(spec: ModelSpec, device: str, comfyui: str) -> ComfyClip:
         options["dtype"] = dtype
     paths = _existing_files(spec)
     comfy = import_comfy(comfyui, target)
-    clip_type = _clip_type(comfy, spec.type)
+    family = clip_type(comfy, spec.type)
     embeddings = Path(comfyui) / "models" / "embeddings"
     directories = [str(embeddings)] if embeddings.is_dir() else None
     is_checkpoint = len(paths) == 1 and _is_checkpoint(paths[0])
@@ -140,7 +237,7 @@ def load_clip(spec: ModelSpec, device: str, comfyui: str) -> ComfyClip:
             clip = comfy.load_clip(
                 [str(path) for path in paths],
                 embedding_directory=directories,
-                clip_type=clip_type,
+                clip_type=family,
                 model_options=options,
             )
     if clip is None:
@@ -230,10 +327,16 @@ def _is_checkpoint(path: Path) -> bool:
     """Pickled checkpoints are taken for plain weights, which ComfyUI opens without running code."""
     if not files.is_safetensors(path):
         return False
-    return any(key.startswith(_CHECKPOINT_PREFIX) for key in files.tensor_shapes(path))
+    return is_checkpoint(files.tensor_shapes(path))
 
 
-def _clip_type(comfy: Any, name: str) -> Any:
+def is_checkpoint(keys: Iterable[str]) -> bool:
+    """Whether a file with these keys holds a diffusion model beside text encoders and VAE."""
+    return any(key.startswith(_CHECKPOINT_PREFIX) for key in keys)
+
+
+def clip_type(comfy: Any, name: str) -> Any:
+    """The member of `comfy.sd.CLIPType` for our name of a family. Raises `BadConfig`."""
     wanted = _TYPE_ALIASES.get(name, name.upper())
     try:
         return comfy.CLIPType[wanted]

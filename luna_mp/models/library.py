@@ -40,7 +40,8 @@ class Library(Generic[M]):
         self._load = load
         self._allowed = [Path(folder).resolve() for folder in allowed]
         self._most = most
-        self._spec = default
+        self._spec = replace(default, paths=tuple(str(Path(p).resolve()) for p in default.paths))
+        self._default_key = _key(self._spec)
         self.default = load(default)
         self._others: OrderedDict[Key, M] = OrderedDict()
 
@@ -52,10 +53,10 @@ class Library(Generic[M]):
 
         Raises `BadModel` for a path outside the allowed directories, or with no model in it.
         """
-        if wanted is None:
-            return (), self.default
-        spec = self._checked(wanted)
-        key = (_fingerprint(spec), *(getattr(spec, name) for name in OPTIONS))
+        spec = self.spec(wanted)
+        if spec == self._spec:
+            return self._default_key, self.default
+        key = _key(spec)
         if key not in self._others:
             while len(self._others) >= self._most:
                 old, _ = self._others.popitem(last=False)
@@ -64,6 +65,10 @@ class Library(Generic[M]):
             logger.info("loaded %s", ", ".join(spec.paths))
         self._others.move_to_end(key)
         return key, self._others[key]
+
+    def spec(self, wanted: dict[str, Any] | None) -> ModelSpec:
+        """What a client means, with paths resolved. Raises `BadModel`."""
+        return self._spec if wanted is None else self._checked(wanted)
 
     def unload(self, wanted: dict[str, Any]) -> bool:
         """Let go of a model that a client asked for; False when it was not loaded."""
@@ -97,7 +102,8 @@ class Library(Generic[M]):
             resolved = Path(path).resolve(strict=True)
         except (OSError, ValueError, RuntimeError) as exc:
             raise BadModel(f"{path!r:.300} is not there on the service's machine: {exc}") from exc
-        if not any(resolved.is_relative_to(folder) for folder in self._allowed):
+        is_default = str(resolved) in self._spec.paths
+        if not is_default and not any(resolved.is_relative_to(f) for f in self._allowed):
             allowed = ", ".join(map(str, self._allowed)) or "none: start it with --allow DIR"
             raise BadModel(
                 f"{path!r:.300} is outside the directories that this service loads from ({allowed})"
@@ -105,8 +111,9 @@ class Library(Generic[M]):
         return str(resolved)
 
 
-def _fingerprint(spec: ModelSpec) -> tuple[tuple[Any, ...], ...]:
-    return tuple((path, *_files(Path(path))) for path in spec.paths)
+def _key(spec: ModelSpec) -> Key:
+    found = tuple((path, *_files(Path(path))) for path in spec.paths)
+    return (found, *(getattr(spec, name) for name in OPTIONS))
 
 
 def _files(path: Path) -> list[tuple[str, int, int]]:

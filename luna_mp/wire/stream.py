@@ -142,8 +142,8 @@ class Stream:
             return count
 
     def _block(self, is_sending: bool, deadline: Deadline) -> None:
-        """Sleep until the socket is ready. Raises `TimedOut`."""
-        left = deadline.remaining()
+        """Sleep until the socket is ready, or for a while. Raises `TimedOut`."""
+        left = deadline.pause()
         if self._poll is not None:
             self._poll.modify(self._sock, select.POLLOUT if is_sending else select.POLLIN)
             self._poll.poll(1e3 * left)

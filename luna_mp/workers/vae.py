@@ -46,7 +46,7 @@ class VaeWorker(Worker[VaeModel]):
     ) -> torch.Tensor:
         """Image for a latent. Raises `Rejected` for one that the model cannot take."""
         _check_tensor(latent, "latent")
-        with self._using(call, model) as (_, vae):
+        with self.using(call, model) as (_, vae):
             _check_latent(latent, vae)
             return _attempt(vae.decode, vae.decode_tiled, latent, vae, tiled)
 
@@ -59,7 +59,7 @@ class VaeWorker(Worker[VaeModel]):
     ) -> torch.Tensor:
         """Latent for an image. Raises `Rejected` for one that the model cannot take."""
         _check_tensor(image, "image")
-        with self._using(call, model) as (_, vae):
+        with self.using(call, model) as (_, vae):
             _check_image(image, vae)
             return _attempt(vae.encode, vae.encode_tiled, image, vae, tiled)
 

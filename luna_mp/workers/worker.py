@@ -36,7 +36,7 @@ class Worker(Generic[M]):
 
     def load(self, call: Call, model: dict[str, Any]) -> dict[str, Any]:
         """Load a model from an allowed directory ahead of its first use."""
-        with self._using(call, model) as (_, loaded):
+        with self.using(call, model) as (_, loaded):
             return {"dtype": str(loaded.dtype), "bytes": loaded.weight_bytes()}
 
     def unload(self, call: Call, model: dict[str, Any]) -> bool:
@@ -56,8 +56,8 @@ class Worker(Generic[M]):
         }
 
     @contextmanager
-    def _using(self, call: Call, wanted: dict[str, Any] | None) -> Iterator[tuple[Key, M]]:
-        """Hold the lock, inference mode and the device, each of which belongs to this thread."""
+    def using(self, call: Call, wanted: dict[str, Any] | None) -> Iterator[tuple[Key, M]]:
+        """The model, with the lock, inference mode and the device, which belong to this thread."""
         if wanted is not None and not isinstance(wanted, dict):
             raise Rejected(f"a model is named by a dict with paths, not by {wanted!r:.100}")
         # Outside the lock: who holds too much keeps nobody else waiting.

@@ -1,0 +1,271 @@
+"""CLIP and VAE objects for ComfyUI whose weights are in a service.
+
+Both are ComfyUI's own objects: all that they do around the network they do here, by ComfyUI's own
+code. Only what touches a weight goes to the service.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NoReturn
+
+import comfy.sd
+import torch
+from comfy import model_management
+
+from luna_mp.errors import RemoteFailure
+from luna_mp.integrations.comfyui_service import RemoteModel, Service
+from luna_mp.integrations.comfyui_skeleton import (
+    Skeleton,
+    SkeletonPatcher,
+    hollow_clip,
+    hollow_vae,
+    refuse,
+)
+from luna_mp.models import comfy_patches, randomness
+from luna_mp.models.comfy_facts import facts
+from luna_mp.models.content import digest, fingerprint
+
+__all__ = ("RemoteCLIP", "RemoteVAE", "load_clip", "load_vae")
+
+MAX_NAMES = 64  # patch sets whose names are remembered
+SENDING = 512 << 20  # bytes of patch tensors in one message
+ATTEMPTS = 3  # at one encoding, while the service says that it lacks patches
+#: what a patcher may hold that changes results and cannot be told
+_CODE = ("object_patches", "injections", "weight_wrapper_patches")
+
+
+class RemoteVAE(comfy.sd.VAE):  # type: ignore[misc]  # ComfyUI has no types
+    """A VAE whose network is in a service; tiles, batches and progress are ComfyUI's own here."""
+
+    def __deepcopy__(self, memo: object) -> RemoteVAE:
+        return self
+
+    def get_sd(self) -> NoReturn:
+        refuse("saving a VAE")
+
+
+class RemoteCLIP(comfy.sd.CLIP):  # type: ignore[misc]
+    """A CLIP whose encoders are in a service; tokenizer, patches and hooks are kept here."""
+
+    def __deepcopy__(self, memo: object) -> RemoteCLIP:
+        return self
+
+    def clone(self, *args: Any, **kwargs: Any) -> RemoteCLIP:
+        clone = super().clone(*args, **kwargs)
+        clone.__class__ = type(self)
+        clone.cond_stage_model = self.cond_stage_model.with_patcher(clone.patcher)
+        return clone  # type: ignore[no-any-return]
+
+    def load_model(self, *_args: Any, **_kwargs: Any) -> Any:
+        self.patcher.patch_hooks(self.patcher.forced_hooks)
+        return self.patcher
+
+    def load_sd(self, *_args: Any, **_kwargs: Any) -> NoReturn:
+        refuse("loading weights into a CLIP")
+
+    def get_sd(self) -> NoReturn:
+        refuse("saving a CLIP")
+
+    def state_dict_for_saving(self) -> NoReturn:
+        refuse("saving a CLIP")
+
+    def generate(self, *_args: Any, **_kwargs: Any) -> NoReturn:
+        refuse("generating text")
+
+
+class RemoteNetwork(Skeleton):
+    """Stands for a VAE's `first_stage_model`."""
+
+    #: results come back whole, so there is no buffer to write them to in parts
+    comfy_has_chunked_io = False
+
+    def __getattr__(self, name: str) -> Any:
+        found = super().__getattr__(name)
+        # only some families have these
+        return partial(self._run, name) if name in ("decode_tiled", "encode_tiled") else found
+
+    def decode(self, latent: torch.Tensor, **options: Any) -> torch.Tensor:
+        return self._run("decode", latent, **options)
+
+    def encode(self, pixels: torch.Tensor, **options: Any) -> torch.Tensor:
+        return self._run("encode", pixels, **options)
+
+    def _run(self, method: str, tensor: torch.Tensor, **options: Any) -> torch.Tensor:
+        state = randomness.capture(tensor.device)
+        result: torch.Tensor
+        result, after = self.remote.call("comfyui_network", method, tensor, options, state)
+        if after is not None:
+            randomness.install(after, tensor.device)
+        return result
+
+
+class RemoteEncoder:
+    """Stands for a CLIP's `cond_stage_model`, with the options and the patcher of one clone."""
+
+    def __init__(self, skeleton: Skeleton, patcher: Any, names: _PatchNames) -> None:
+        self._skeleton = skeleton
+        self._patcher = patcher
+        self._names = names
+        self._options: dict[str, Any] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_skeleton"], name)
+
+    def with_patcher(self, patcher: Any) -> RemoteEncoder:
+        """The same encoders under other patches."""
+        return RemoteEncoder(self._skeleton, patcher, self._names)
+
+    def reset_clip_options(self) -> None:
+        self._options = {}
+
+    def set_clip_options(self, options: dict[str, Any]) -> None:
+        # where to compute is for the service to know
+        self._options.update({k: v for k, v in options.items() if k != "execution_device"})
+
+    def encode_token_weights(self, tokens: dict[str, Any]) -> tuple[Any, ...]:
+        """Conditioning, pooled output or None, and a dict of more where the family has more."""
+        patcher = self._patcher
+        for name in _CODE:
+            if getattr(patcher, name, None):
+                refuse(f"a CLIP with {name.replace('_', ' ')} (code, which no service can take)")
+        hooked = patcher.get_combined_hook_patches(patcher.current_hooks)
+        names = (
+            self._names.name(patcher.patches, patcher.patches_uuid),
+            self._names.name(hooked, None),
+        )
+        found = self._encode(tokens, names, {names[0]: patcher.patches, names[1]: hooked})
+        cond, pooled, extras = found["cond"], found["pooled"], found["extras"]
+        return (cond, pooled, extras) if extras else (cond, pooled)
+
+    def _encode(
+        self, tokens: dict[str, Any], names: tuple[str, str], patches: dict[str, Any]
+    ) -> dict[str, Any]:
+        remote: RemoteModel = self._skeleton.remote
+        target = model_management.intermediate_device()
+        for _ in range(ATTEMPTS):
+            found: dict[str, Any] = remote.call(
+                "comfyui_encode", tokens, self._options, names, device=target.type
+            )
+            if "missing" not in found:
+                return _moved(found, target)  # type: ignore[no-any-return]
+            for name in found["missing"]:
+                self._names.send(patches[name])
+        raise RemoteFailure(
+            f"{remote.service.name} forgets patches faster than they are sent: use fewer at once"
+        )
+
+
+class _PatchNames:
+    """Names and sends the patches of all clones of one model; contents are read once."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._digests = torch.utils.weak.WeakTensorKeyDictionary()
+        self._known: OrderedDict[Any, str] = OrderedDict()
+
+    def name(self, patches: comfy_patches.Patches, uuid: Any) -> str:
+        """The name under which a service knows these patches, "" for none."""
+        if not patches:
+            return ""
+        if name := self._known.get(uuid):
+            return name
+        name = fingerprint(self._told(patches)[0])
+        if uuid is not None:
+            self._known[uuid] = name
+        while len(self._known) > MAX_NAMES:
+            self._known.popitem(last=False)
+        return name
+
+    def send(self, patches: comfy_patches.Patches) -> None:
+        """Tell the service the recipe, and of its tensors those that it does not have."""
+        recipe, tensors = self._told(patches)
+        parcel: dict[str, torch.Tensor] = {}
+        for missing in self._service.call("comfyui_patches", recipe):
+            if parcel and sum(t.nbytes for t in parcel.values()) > SENDING:
+                self._service.call("comfyui_tensors", parcel)
+                parcel = {}
+            parcel[missing] = tensors[missing].cpu()
+        if parcel:
+            self._service.call("comfyui_tensors", parcel)
+
+    def _told(
+        self, patches: comfy_patches.Patches
+    ) -> tuple[comfy_patches.Recipe, dict[str, torch.Tensor]]:
+        return comfy_patches.write(patches, self._service.name, self._digest)
+
+    def _digest(self, tensor: torch.Tensor) -> str:
+        if tensor not in self._digests:
+            self._digests[tensor] = digest(tensor)
+        name: str = self._digests[tensor]
+        return name
+
+
+def load_vae(
+    service: Service, paths: Sequence[str] = (), dtype: str = "auto"
+) -> tuple[RemoteVAE, list[str]]:
+    """A VAE in that service, its default one without paths, and what will differ in its bits.
+
+    Raises `BadModel`, `Rejected` where the service was started without ComfyUI.
+    """
+    remote = service.model(_spec(paths, "auto", dtype))
+    vae = hollow_vae(remote)
+    warnings = remote.warn_of(facts(vae.device, vae.vae_dtype))
+    vae.__class__ = RemoteVAE
+    vae.vae_dtype = getattr(torch, remote.dtype)
+    if remote.gpu != _uuid(vae.device):
+        # there is nothing to make room for on this side
+        vae.device = torch.device("cpu")
+    vae.first_stage_model = RemoteNetwork(vae.first_stage_model, remote)
+    vae.patcher = _patcher(vae.first_stage_model, vae.device)
+    return vae, warnings
+
+
+def load_clip(
+    service: Service,
+    paths: Sequence[str] = (),
+    type: str = "auto",
+    dtype: str = "auto",
+    embedding_directory: Any = None,
+) -> tuple[RemoteCLIP, list[str]]:
+    """A CLIP in that service; everything else as for `load_vae`."""
+    remote = service.model(_spec(paths, type, dtype))
+    clip = hollow_clip(remote, embedding_directory)
+    old = clip.patcher
+    own_dtype = next(clip.cond_stage_model.parameters()).dtype
+    warnings = remote.warn_of(facts(old.load_device, own_dtype))
+    clip.__class__ = RemoteCLIP
+    skeleton = Skeleton(clip.cond_stage_model, remote)
+    same = remote.gpu == _uuid(old.load_device)
+    clip.patcher = _patcher(skeleton, old.load_device if same else torch.device("cpu"))
+    clip.patcher.hook_mode = old.hook_mode
+    clip.patcher.is_clip = True
+    clip.cond_stage_model = RemoteEncoder(skeleton, clip.patcher, _PatchNames(service))
+    return clip, warnings
+
+
+def _spec(paths: Sequence[str], type: str, dtype: str) -> dict[str, Any] | None:
+    if not paths:
+        return None
+    return {"paths": list(paths), "type": type, "dtype": dtype, "source": "comfyui"}
+
+
+def _patcher(skeleton: Skeleton, device: torch.device) -> SkeletonPatcher:
+    # a size, since it would be counted from the weights that are not here
+    return SkeletonPatcher(skeleton, device, torch.device("cpu"), size=1)
+
+
+def _uuid(device: torch.device) -> str:
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _moved(item, device) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_moved(item, device) for item in value)
+    return value
