@@ -211,5 +211,19 @@ def bench(as_json: bool) -> None:
     click.echo(json.dumps(report, indent=2) if as_json else format_report(report))
 
 
+@main.command()
+@click.option("--authkey-file", type=_FILE, default="", help="File of the key.")
+@click.option("--runtime-dir", type=_DIR, default="", help="Where sockets lie.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@_told
+def doctor(as_json: bool, **where: str) -> None:
+    """Say whether the setup is sound, and why tensors do not go by the fast carrier."""
+    from luna_mp.doctor import examine, format_report
+
+    report = examine(**where)
+    click.echo(json.dumps(report, indent=2) if as_json else format_report(report))
+    sys.exit(0 if report["ok"] else 1)
+
+
 if __name__ == "__main__":
     main()

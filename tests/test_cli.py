@@ -56,7 +56,7 @@ def test_help_does_not_import_torch():
     assert subprocess.run([sys.executable, "-c", code], timeout=30).returncode == 0
 
 
-@pytest.mark.parametrize("command", ["serve", "status", "stop", "demo", "bench"])
+@pytest.mark.parametrize("command", ["serve", "status", "stop", "doctor", "demo", "bench"])
 def test_every_command_has_help(command):
     assert run(command, "--help").exit_code == 0
 
