@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -81,6 +82,9 @@ def _per_service(name: str, help: str, **options: Any) -> Callable[..., Any]:
 @click.option("--allow", multiple=True, type=_DIR, help="Where clients may load models from.")
 @click.option("--max-leased", type=int, help="Bytes of GPU results that one client may hold.")
 @click.option("--comfyui", type=_DIR, envvar="COMFYUI_PATH", help="ComfyUI whose loaders to use.")
+@click.option(
+    "--comfyui-flags", help="Its flags that change results: '--fp32-vae --deterministic'."
+)
 @click.option("--runtime-dir", type=_DIR, help="Directory of the sockets and the key.")
 @click.option("--authkey-file", type=_FILE, help="File that holds the key.")
 @click.option("--boot-timeout", type=float, help="Seconds for the models to load.")
@@ -120,6 +124,8 @@ def _said(flags: dict[str, Any]) -> Settings:
         role, _, own = name.partition("_")
         if role in ROLES:
             said.table(role)["models" if own == "model" else own] = value
+        elif name == "comfyui_flags":
+            said.common[name] = shlex.split(value)
         else:
             said.common[name] = value
     return said

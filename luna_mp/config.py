@@ -48,10 +48,12 @@ class ServiceConfig:
     #: the model family's convention, as in `models.base.ModelSpec`
     type: str = "auto"
     dtype: str = "auto"
-    #: directories from which clients may load further models
+    #: directories from which clients may load further models; ComfyUI's own are always among them
     allow: tuple[str, ...] = ()
     #: a ComfyUI checkout whose loaders are used; empty: diffusers and transformers
     comfyui: str = ""
+    #: flags of ComfyUI's own command line, such as "--fp32-vae", that change results
+    comfyui_flags: tuple[str, ...] = ()
     #: where TCP listens; a host that is not loopback needs `expose`
     host: str = "127.0.0.1"
     #: TCP port, which names the instance too; 0: any free one
@@ -78,7 +80,7 @@ class ServiceConfig:
     @classmethod
     def from_json(cls, text: str) -> ServiceConfig:
         data = json.loads(text)
-        lists = {name: tuple(data[name]) for name in ("models", "allow")}
+        lists = {name: tuple(data[name]) for name in ("models", "allow", "comfyui_flags")}
         return cls(**{**data, **lists})
 
 
@@ -121,6 +123,7 @@ class Settings:
 _EITHER: dict[str, type] = {
     "allow": tuple,
     "comfyui": str,
+    "comfyui_flags": tuple,
     "host": str,
     "expose": bool,
     "max_message": int,
@@ -254,8 +257,15 @@ def _checked_service(service: ServiceConfig) -> ServiceConfig:
             f"host {service.host!r} of {service.role} can be reached from other machines, and what "
             "crosses is neither encrypted nor sealed: use an SSH tunnel, or say --expose"
         )
+    allow = (
+        *service.allow,
+        *([os.path.join(service.comfyui, "models")] if service.comfyui else []),
+    )
     # Services run elsewhere than where the paths were typed.
-    paths = {name: tuple(map(_absolute, getattr(service, name))) for name in ("models", "allow")}
+    paths = {
+        name: tuple(map(_absolute, given))
+        for name, given in (("models", service.models), ("allow", allow))
+    }
     single = {
         name: _absolute(value)
         for name in ("comfyui", "runtime_dir", "authkey_file")

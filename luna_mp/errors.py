@@ -12,6 +12,7 @@ __all__ = (
     "BootFailed",
     "Broken",
     "LunaError",
+    "ModelChanged",
     "OutOfMemory",
     "Rejected",
     "RemoteFailure",
@@ -69,6 +70,10 @@ class BadModel(Rejected):
     """Raised for a path that holds no model of the wanted kind, or that may not be loaded."""
 
 
+class ModelChanged(Rejected):
+    """Raised when the service has another model by that name than when it was described."""
+
+
 class RemoteFailure(LunaError):
     """Raised when the model itself raised; the service's traceback is the cause."""
 
@@ -86,7 +91,10 @@ class RemoteTraceback(Exception):
 
 _CROSSING = {
     cls.__name__: cls
-    for cls in (Broken, TimedOut, Rejected, Unsendable, BadModel, RemoteFailure, OutOfMemory)
+    for cls in (
+        *(Broken, TimedOut, Rejected, Unsendable, BadModel, ModelChanged),
+        *(RemoteFailure, OutOfMemory),
+    )
 }
 
 

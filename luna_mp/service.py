@@ -142,6 +142,10 @@ def _build(config: ServiceConfig) -> Worker[Any]:
     from luna_mp.models import load_clip, load_vae
 
     device = claim(config.device)
+    if config.comfyui:
+        from luna_mp.models.comfy import import_comfy
+
+        import_comfy(config.comfyui, device, config.comfyui_flags)
     default = ModelSpec(config.models, config.type, config.dtype)
     options = (default, config.allow, config.max_models)
     if config.role == "clip":

@@ -11,7 +11,7 @@ import importlib
 import inspect
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -279,11 +279,11 @@ def load_vae(spec: ModelSpec, device: str, comfyui: str) -> ComfyVae:
     return ComfyVae(vae, target)
 
 
-def import_comfy(directory: str, device: torch.device) -> Any:
+def import_comfy(directory: str, device: torch.device, flags: Sequence[str] = ()) -> Any:
     """Import `comfy.sd` from a ComfyUI checkout; the command line stays ours. Raises `BadConfig`.
 
-    The first call of a process decides the device: "cpu", or else the first GPU, where ComfyUI
-    then keeps models and results.
+    The first call of a process decides the device, "cpu" or else the first GPU, where ComfyUI
+    then keeps models and results, and the `flags` of ComfyUI's own command line.
     """
     root = Path(directory).resolve()
     if not (root / "comfy" / "sd.py").is_file():
@@ -291,8 +291,7 @@ def import_comfy(directory: str, device: torch.device) -> Any:
     if "comfy.sd" not in sys.modules:
         sys.path.insert(0, str(root))
     try:
-        # ComfyUI parses arguments only where comfy.options was told to: not here
-        arguments: Any = importlib.import_module("comfy.cli_args").args
+        arguments = _arguments(flags)
         if "comfy.model_management" not in sys.modules:
             arguments.cpu = device.type == "cpu"
             arguments.gpu_only = device.type != "cpu"
@@ -306,6 +305,23 @@ def import_comfy(directory: str, device: torch.device) -> Any:
         text = f"ComfyUI was imported from {comfy.__file__} before, not from {directory}"
         raise BadConfig(f"{text}: use one ComfyUI per process")
     return comfy
+
+
+def _arguments(flags: Sequence[str]) -> Any:
+    """ComfyUI's arguments, parsed by itself from `flags` where this is the first import of them.
+
+    Raises `BadConfig`; what its parser has to say stands in the service's log.
+    """
+    options: Any = importlib.import_module("comfy.options")
+    before = sys.argv, options.args_parsing
+    sys.argv, options.args_parsing = ["main.py", *flags], True
+    try:
+        return importlib.import_module("comfy.cli_args").args
+    except SystemExit as exc:
+        text = f"ComfyUI does not take the flags {' '.join(flags)!r}"
+        raise BadConfig(f"{text}: see its main.py --help") from exc
+    finally:
+        sys.argv, options.args_parsing = before
 
 
 def _existing_files(spec: ModelSpec) -> list[Path]:

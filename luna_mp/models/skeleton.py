@@ -1,7 +1,7 @@
 """A weight file without its weights: names, shapes and dtypes, enough to build the model on meta.
 
-Loaders tell families apart by these alone. What they also read by value is small and comes along:
-tokenizers, which are stored as bytes, and single numbers.
+Loaders tell families apart by these alone. Only what they read by value comes along: tokenizers,
+which are stored as bytes.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from luna_mp.models import files
 
 __all__ = ("describe_file", "describe_tensors", "restore")
 
-#: tensors of no more elements cross by value
-_SMALL = 16
 #: safetensors' names, https://github.com/huggingface/safetensors#format
 _DTYPES = {
     "BOOL": "bool",
@@ -77,7 +75,7 @@ def restore(described: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def _crosses(dtype: str, shape: list[int]) -> bool:
-    return torch.Size(shape).numel() <= _SMALL or (dtype == "uint8" and len(shape) == 1)
+    return dtype == "uint8" and len(shape) == 1
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from luna_mp.errors import OutOfMemory, Rejected
+from luna_mp.errors import ModelChanged, OutOfMemory, Rejected
 from luna_mp.models import comfy_patches, files, randomness, skeleton
 from luna_mp.models.base import Model
 from luna_mp.models.comfy import ComfyClip, ComfyVae, NamedPatches
@@ -68,7 +68,7 @@ class _ComfyCalls:
     def _using(self, call: Call, model: Spec, version: str) -> Iterator[tuple[str, Any]]:
         with self._worker.using(call, model) as (key, loaded):
             if fingerprint(key) != version:
-                raise Rejected(
+                raise ModelChanged(
                     f"{', '.join(model['paths'])} changed since it was loaded: run the loader again"
                 )
             try:
