@@ -279,11 +279,13 @@ def load_vae(spec: ModelSpec, device: str, comfyui: str) -> ComfyVae:
     return ComfyVae(vae, target)
 
 
-def import_comfy(directory: str, device: torch.device, flags: Sequence[str] = ()) -> Any:
+def import_comfy(
+    directory: str, device: torch.device, flags: Sequence[str] = (), gpu_only: bool = True
+) -> Any:
     """Import `comfy.sd` from a ComfyUI checkout; the command line stays ours. Raises `BadConfig`.
 
     The first call of a process decides the device, "cpu" or else the first GPU, where ComfyUI
-    then keeps models and results, and the `flags` of ComfyUI's own command line.
+    then keeps models and (with `gpu_only`) results, and the `flags` of its own command line.
     """
     root = Path(directory).resolve()
     if not (root / "comfy" / "sd.py").is_file():
@@ -294,7 +296,7 @@ def import_comfy(directory: str, device: torch.device, flags: Sequence[str] = ()
         arguments = _arguments(flags)
         if "comfy.model_management" not in sys.modules:
             arguments.cpu = device.type == "cpu"
-            arguments.gpu_only = device.type != "cpu"
+            arguments.gpu_only = gpu_only and device.type != "cpu"
         comfy = importlib.import_module("comfy.sd")
     except (ImportError, RuntimeError, AttributeError, OSError) as exc:
         raise BadConfig(

@@ -1,0 +1,141 @@
+"""Stock ComfyUI's VAEDecode and CLIPTextEncode, local against proxy, on one GPU.
+
+`COMFYUI_PATH=… python -m benchmarks.comfyui OUTPUT_FOLDER` writes comfyui.json and comfyui.md. The
+models are SDXL's architectures with random weights, loaded by ComfyUI's own loaders on both sides;
+latents come from the CPU and images go there, as ComfyUI has it. Local and proxy take turns; every
+result is compared in passing. Figures are medians, in milliseconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Before torch is imported: what ComfyUI itself sets on nearly every NVIDIA card.
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "backend:cudaMallocAsync")
+
+import torch
+
+import luna_mp
+from luna_mp.models.comfy import import_comfy
+from tests.models import comfy_makers
+
+EDGES = {512: 30, 1024: 30, 2048: 8}
+PROMPTS = 30
+Way = Callable[[], Any]
+
+
+def main() -> int:
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    comfyui = os.environ["COMFYUI_PATH"]
+    # ComfyUI as it runs by default: results on the CPU, models where there is room
+    comfy = import_comfy(comfyui, torch.device("cuda"), gpu_only=False)
+    with tempfile.TemporaryDirectory() as models, torch.inference_mode():
+        files = comfy_makers.write_sdxl(Path(models))
+        with luna_mp.serve(
+            clip="cuda", vae="cuda", comfyui=comfyui, runtime_dir=f"{models}/run", **files
+        ):
+            os.environ["LUNA_MP_RUNTIME_DIR"] = f"{models}/run"
+            report = {**_machine(), **_vae(comfy, files), **_clip(comfy, files)}
+    (folder / "comfyui.json").write_text(json.dumps(report, indent=2) + "\n")
+    (folder / "comfyui.md").write_text(_table(report))
+    print(_table(report))  # noqa: T201
+    return 0
+
+
+def _vae(comfy: Any, files: dict[str, Any]) -> dict[str, Any]:
+    from luna_mp.integrations import comfyui
+    from luna_mp.integrations.comfyui_service import service
+
+    state = comfy.comfy.utils.load_torch_file(files["vae_models"][0])
+    local = comfy.VAE(sd=state)
+    remote, differences = comfyui.load_vae(service("vae"))
+    rows = []
+    for edge, rounds in EDGES.items():
+        latents = torch.randn(rounds + 3, 1, 4, edge // 8, edge // 8)
+        pairs = [_pair(lambda z=z: local.decode(z), lambda z=z: remote.decode(z)) for z in latents]
+        rows.append({"what": f"VAEDecode {edge}²", **_summary(pairs[3:])})
+    return {"vae": rows, "carrier": service("vae").carrier, "differences": differences}
+
+
+def _clip(comfy: Any, files: dict[str, Any]) -> dict[str, Any]:
+    from luna_mp.integrations import comfyui
+    from luna_mp.integrations.comfyui_service import service
+
+    local = comfy.load_clip(list(files["clip_models"]))
+    remote, _ = comfyui.load_clip(service("clip"))
+
+    def encode(clip: Any, text: str) -> torch.Tensor:
+        cond: torch.Tensor = clip.encode_from_tokens_scheduled(clip.tokenize(text))[0][0]
+        return cond
+
+    prompts = [f"a photo of {n} red cats on a hill, at noon, number {n}" for n in range(PROMPTS)]
+    pairs = [
+        _pair(lambda p=p: encode(local, p), lambda p=p: encode(remote, p))
+        for p in ["warm", "up", *prompts]
+    ]
+    again = [
+        _pair(lambda: encode(local, prompts[-1]), lambda: encode(remote, prompts[-1]))
+        for _ in range(PROMPTS)
+    ]
+    return {
+        "clip": [
+            {"what": "CLIPTextEncode, new prompt", **_summary(pairs[2:])},
+            {"what": "CLIPTextEncode, same prompt", **_summary(again)},
+        ]
+    }
+
+
+def _pair(*ways: Way) -> tuple[float, ...]:
+    """Milliseconds of each; the results are the same bits."""
+    results, times = [], []
+    for way in ways:
+        start = time.perf_counter()
+        results.append(way())
+        times.append(1e3 * (time.perf_counter() - start))
+    first, second = results
+    assert torch.equal(first, second) and first.stride() == second.stride()
+    return tuple(times)
+
+
+def _summary(pairs: list[tuple[float, ...]]) -> dict[str, Any]:
+    local, proxy = (statistics.median(column) for column in zip(*pairs, strict=True))
+    return {"local": local, "proxy": proxy, "ratio": proxy / local, "rounds": len(pairs)}
+
+
+def _machine() -> dict[str, Any]:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "driver": subprocess.run(query, capture_output=True, text=True).stdout.strip(),
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "allocator": torch.cuda.get_allocator_backend(),
+        "commit": os.environ.get("LUNA_MP_COMMIT", "unknown"),
+    }
+
+
+def _table(report: dict[str, Any]) -> str:
+    head = (
+        "# ComfyUI, local against proxy\n\n"
+        "{gpu}, driver {driver}, torch {torch}, client allocator {allocator}, commit {commit}; "
+        "VAE by {carrier}. Milliseconds, medians.\n\n"
+        "| | local | proxy | ratio | rounds |\n|---|---|---|---|---|\n"
+    )
+    row = "| {what} | {local:.2f} | {proxy:.2f} | {ratio:.3f} | {rounds} |\n"
+    rows = report["vae"] + report["clip"]
+    return head.format(**report) + "".join(row.format(**each) for each in rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
