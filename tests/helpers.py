@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from luna_mp.calls import OnFault
 from luna_mp.endpoint import Endpoint
 from luna_mp.manager import LocalManager, RemoteManager, Server
 from luna_mp.sessions import Sessions
@@ -27,11 +28,17 @@ def wait_until(condition: Callable[[], Any], seconds: float = 10.0) -> Any:
 
 @contextmanager
 def served(
-    exposed: dict[str, Callable[..., Any]], address: Any, key: bytes = KEY, limit: int = LIMIT
+    exposed: dict[str, Callable[..., Any]],
+    address: Any,
+    key: bytes = KEY,
+    limit: int = LIMIT,
+    on_fault: OnFault = lambda fault: None,
 ) -> Iterator[Server]:
     """A server in this process, on its own thread; it must end by itself."""
     manager = LocalManager if isinstance(address, str) else RemoteManager
-    server = manager("vae", exposed, address, key, Sessions(), limit).get_server()
+    server = manager(
+        "vae", exposed, address, key, Sessions(), limit, on_fault=on_fault
+    ).get_server()
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
