@@ -132,7 +132,10 @@ class Calls:
                 after=call.after if call else None,
                 to_host=request.get("device") == "cpu",
             )
-        except Rejected as exc:
+        except (Rejected, RuntimeError) as exc:
+            # A carrier that cannot pack has sent nothing yet.
+            if is_gpu_fault(exc):
+                raise
             self._channel.send(_failure(exc), deadline)
 
     def _give_up(self, fault: BaseException) -> NoReturn:

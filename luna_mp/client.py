@@ -16,6 +16,7 @@ from luna_mp.deadline import Deadline
 from luna_mp.endpoint import Address, Endpoint
 from luna_mp.errors import BadConfig, LunaError, Unavailable
 from luna_mp.proxies import CONNECT_SECONDS, ClipProxy, Proxy, VaeProxy
+from luna_mp.wire.probe import Importer
 
 __all__ = ("Luna", "connect")
 
@@ -105,7 +106,7 @@ def connect(
     key = runtime.parse_key(authkey) if authkey else runtime.authkey(authkey_file, directory)
     named: dict[Role, str | None] = {"clip": clip, "vae": vae}
     is_named = any(named.values())
-    wants_gpu = gpu and torch.cuda.is_available()
+    importer = _importer() if gpu and torch.cuda.is_available() else None
     luna = Luna({})
     missing: LunaError | None = None
     deadline = Deadline(timeout, "connecting to luna-mp")
@@ -113,7 +114,7 @@ def connect(
         address = named[role]
         if is_named and not address:
             continue
-        endpoint = Endpoint(role, _locator(role, address, directory), key, wants_gpu)
+        endpoint = Endpoint(role, _locator(role, address, directory), key, importer)
         try:
             endpoint.open(deadline)
         except Unavailable as exc:
@@ -129,6 +130,12 @@ def connect(
     if missing and not luna.carriers:
         raise missing
     return luna
+
+
+def _importer() -> Importer:
+    from luna_mp.wire import cuda
+
+    return cuda.Importer()
 
 
 def _locator(role: Role, address: str | None, directory: Path) -> Callable[[], Address]:

@@ -12,6 +12,7 @@ from luna_mp.calls import OnFault
 from luna_mp.endpoint import Endpoint
 from luna_mp.manager import LocalManager, RemoteManager, Server
 from luna_mp.sessions import Sessions
+from luna_mp.wire.probe import Importer
 
 KEY = bytes(range(32))
 LIMIT = 1 << 28
@@ -32,12 +33,13 @@ def served(
     address: Any,
     key: bytes = KEY,
     limit: int = LIMIT,
+    exporter: Any = None,
     on_fault: OnFault = lambda fault: None,
 ) -> Iterator[Server]:
     """A server in this process, on its own thread; it must end by itself."""
     manager = LocalManager if isinstance(address, str) else RemoteManager
     server = manager(
-        "vae", exposed, address, key, Sessions(), limit, on_fault=on_fault
+        "vae", exposed, address, key, Sessions(), limit, exporter, on_fault
     ).get_server()
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -50,9 +52,11 @@ def served(
 
 
 @contextmanager
-def endpoint(server: Server, key: bytes = KEY) -> Iterator[Endpoint]:
+def endpoint(
+    server: Server, key: bytes = KEY, importer: Importer | None = None
+) -> Iterator[Endpoint]:
     """A client of that server."""
-    client = Endpoint("vae", lambda: server.address, key)
+    client = Endpoint("vae", lambda: server.address, key, importer)
     try:
         yield client
     finally:
