@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from luna_mp.deadline import Deadline
-from luna_mp.errors import Broken, LunaError, Rejected, TimedOut
+from luna_mp.errors import Broken, LunaError, Rejected, RemoteFailure, TimedOut
+from luna_mp.faults import is_gpu_fault
 from luna_mp.sessions import Session, Sessions
 from luna_mp.wire.carrier import Fence
 from luna_mp.wire.channel import Channel
 from luna_mp.wire.probe import Answerer
 
-__all__ = ("Call", "Calls", "Exposed")
+__all__ = ("Call", "Calls", "Exposed", "OnFault")
 
 IDLE_SECONDS = 3600.0  # a client that needs a connection again opens one in a millisecond
 SEND_SECONDS = 60.0  # for a client to take its reply
@@ -21,6 +22,8 @@ REFUSAL_SECONDS = 5.0
 MAX_CALL_SECONDS = 24 * 3600.0
 
 Exposed = Mapping[str, Callable[..., Any]]
+#: told, before the client is, of an error that leaves the process without its GPU
+OnFault = Callable[[BaseException], None]
 
 
 class Call:
@@ -65,6 +68,7 @@ class Calls:
         session: Session,
         sessions: Sessions,
         answerer: Answerer,
+        on_fault: OnFault,
     ) -> None:
         self._name = name
         self._exposed = exposed
@@ -72,20 +76,38 @@ class Calls:
         self._session = session
         self._sessions = sessions
         self._answerer = answerer
+        self._on_fault = on_fault
 
     def next(self) -> dict[str, Any] | None:
-        """The next request, or None when there will be none. Raises `Rejected` for garbage."""
+        """The next request, or None when there will be none.
+
+        Raises `Rejected` for garbage, `RemoteFailure` when the GPU is lost.
+        """
         try:
             return self._channel.recv(Deadline(IDLE_SECONDS, "an idle connection"))
         except (Broken, TimedOut):
             return None
         except Rejected as exc:
+            if is_gpu_fault(exc.__cause__):
+                self._give_up(exc.__cause__)
             # What follows cannot be told from the rest of the bad message.
             self._channel.send(_failure(exc), Deadline(REFUSAL_SECONDS, "a refusal"))
             raise
 
     def answer(self, request: dict[str, Any]) -> None:
-        """Reply to one request. Raises `LunaError` when the client does not take its reply."""
+        """Reply to one request. Raises `LunaError` when this was the last one.
+
+        That is when the client does not take its reply, or when the GPU is lost, which shows
+        wherever it is used: in the model, and as well while inputs are let go of or a reply packed.
+        """
+        try:
+            self._answer(request)
+        except RuntimeError as exc:
+            if not is_gpu_fault(exc):
+                raise
+            self._give_up(exc)
+
+    def _answer(self, request: dict[str, Any]) -> None:
         call = None
         try:
             if "method" in request:
@@ -95,6 +117,8 @@ class Calls:
             else:
                 reply = self._agree(request)
         except Exception as exc:  # the one boundary: what a worker raises becomes data
+            if is_gpu_fault(exc):
+                raise
             reply = _failure(exc)
         # On a GPU the inputs are read until the work is done, which the reply does not wait for.
         self._channel.settle(call.after if call else None)
@@ -108,8 +132,22 @@ class Calls:
                 after=call.after if call else None,
                 to_host=request.get("device") == "cpu",
             )
-        except Rejected as exc:
+        except (Rejected, RuntimeError) as exc:
+            # A carrier that cannot pack has sent nothing yet.
+            if is_gpu_fault(exc):
+                raise
             self._channel.send(_failure(exc), deadline)
+
+    def _give_up(self, fault: BaseException) -> NoReturn:
+        """Tell the service, then the client, that this process can use its GPU no more."""
+        self._on_fault(fault)
+        lost = RemoteFailure(
+            f"the {self._name} service lost its GPU ({str(fault).splitlines()[0]}) and restarts; "
+            "the next call finds it again"
+        )
+        lost.__cause__ = fault
+        self._channel.send(_failure(lost), Deadline(REFUSAL_SECONDS, "the last reply"))
+        raise lost
 
     def _agree(self, request: dict[str, Any]) -> dict[str, Any]:
         reply = self._answerer.answer(request)

@@ -16,6 +16,7 @@ from luna_mp.deadline import Deadline
 from luna_mp.endpoint import Address, Endpoint
 from luna_mp.errors import BadConfig, LunaError, Unavailable
 from luna_mp.proxies import CONNECT_SECONDS, ClipProxy, Proxy, VaeProxy
+from luna_mp.wire.probe import Importer
 
 __all__ = ("Luna", "connect", "open_endpoint")
 
@@ -137,14 +138,20 @@ def open_endpoint(
     """One service, connected; everything else as for `connect`."""
     directory = runtime.runtime_dir(runtime_dir)
     key = runtime.parse_key(authkey) if authkey else runtime.authkey(authkey_file, directory)
-    wants_gpu = gpu and torch.cuda.is_available()
-    endpoint = Endpoint(role, _locator(role, address, directory), key, wants_gpu)
+    importer = _importer() if gpu and torch.cuda.is_available() else None
+    endpoint = Endpoint(role, _locator(role, address, directory), key, importer)
     try:
         endpoint.open(deadline or Deadline(CONNECT_SECONDS, f"connecting to the {role} service"))
     except BaseException:
         endpoint.close()
         raise
     return endpoint
+
+
+def _importer() -> Importer:
+    from luna_mp.wire import cuda
+
+    return cuda.Importer()
 
 
 def _locator(role: Role, address: str | None, directory: Path) -> Callable[[], Address]:

@@ -38,8 +38,13 @@ class Endpoint:
     """
 
     def __init__(
-        self, role: Role, locate: Callable[[], Address], key: bytes, wants_gpu: bool = False
+        self,
+        role: Role,
+        locate: Callable[[], Address],
+        key: bytes,
+        importer: probe.Importer | None = None,
     ) -> None:
+        """`importer`: the process's `wire.cuda.Importer`, where it has a GPU and may use it."""
         self.role = role
         self.carrier = ""
         self.reason = ""
@@ -47,7 +52,7 @@ class Endpoint:
         self._key = key
         self._client_id = uuid.uuid4().hex
         self._max_message = ServiceConfig.max_message
-        self._wants_gpu = wants_gpu
+        self._importer = importer
         #: why the GPU is not shared any more, after that failed in mid-life
         self._avoided = ""
         self._lock = threading.Lock()
@@ -177,7 +182,9 @@ class Endpoint:
 
     def _give_back(self, channel: Channel) -> None:
         with self._lock:
-            if not self._is_closed and len(self._idle) < MAX_IDLE:
+            # One that was in use when the GPU failed another call is not to be used again.
+            is_avoided = channel.carrier == "cuda" and self._avoided
+            if not self._is_closed and not is_avoided and len(self._idle) < MAX_IDLE:
                 self._idle.append(channel)
                 return
         channel.close()
@@ -205,7 +212,7 @@ class Endpoint:
             mine = handshake.identity(self._client_id, self._max_message)
             theirs = handshake.greet(connected, self._key, mine)
             channel.max_message = min(self._max_message, theirs.max_message)
-            self.reason = probe.choose(channel, theirs, self._wants_gpu, self._avoided)
+            self.reason = probe.choose(channel, theirs, self._importer, self._avoided)
         except BaseException:
             channel.close()
             raise

@@ -19,7 +19,7 @@ from functools import partial
 from multiprocessing import managers
 from typing import Any
 
-from luna_mp.calls import Calls, Exposed
+from luna_mp.calls import Calls, Exposed, OnFault
 from luna_mp.deadline import Deadline
 from luna_mp.errors import LunaError, Unavailable
 from luna_mp.sessions import Sessions
@@ -99,6 +99,7 @@ class Server(managers.Server):
         sessions: Sessions,
         max_message: int,
         exporter: Any,
+        on_fault: OnFault,
     ) -> None:
         super().__init__({}, address, authkey, "luna")
         self.name = name
@@ -107,6 +108,7 @@ class Server(managers.Server):
         self._sessions = sessions
         self._max_message = max_message
         self._exporter = exporter
+        self._on_fault = on_fault
         self._identity = handshake.identity("", max_message)
         self._stop = threading.Event()
         self._threads: dict[threading.Thread, Stream] = {}
@@ -131,11 +133,17 @@ class Server(managers.Server):
                 self._admit(accepted)
         self.listener.close()
 
+    def admit_nobody(self) -> None:
+        """Take no more connections; those that are open end with the call under way."""
+        with self._idle:
+            if not self._stop.is_set():
+                # In this order: from then on the listener may be closed at any time.
+                self.listener.wake()
+                self._stop.set()
+
     def stop(self, grace: float) -> None:
         """Admit nobody more; give running calls `grace` seconds, then close every connection."""
-        if not self._stop.is_set():
-            self._stop.set()
-            self.listener.wake()
+        self.admit_nobody()
         with self._idle:
             self._idle.wait_for(lambda: not self._busy, timeout=grace)
             left = dict(self._threads)
@@ -169,7 +177,15 @@ class Server(managers.Server):
                 try:
                     answerer = probe.Answerer(channel, identity, self._exporter)
                     self._serve(
-                        Calls(self.name, self._exposed, channel, session, self._sessions, answerer)
+                        Calls(
+                            self.name,
+                            self._exposed,
+                            channel,
+                            session,
+                            self._sessions,
+                            answerer,
+                            self._on_fault,
+                        )
                     )
                 finally:
                     self._sessions.leave(session)
@@ -177,6 +193,8 @@ class Server(managers.Server):
             logger.info("%r: %s", self, exc)
         finally:
             with self._idle:
+                # Only now: a request that came since must be seen to be unread, not cut off.
+                self._busy.discard(thread)
                 self._threads.pop(thread, None)
                 self._idle.notify_all()
 
@@ -194,15 +212,11 @@ class Server(managers.Server):
             if request is None:
                 return
             self._busy.add(thread)
-            try:
-                calls.answer(request)
-            finally:
-                # Inputs go after the reply left: letting go of CUDA memory waits for the GPU.
-                del request
+            calls.answer(request)
+            # Inputs go after the reply left: letting go of CUDA memory waits for the GPU.
+            del request
+            if not self._stop.is_set():
                 self._busy.discard(thread)
-                if self._stop.is_set():
-                    with self._idle:
-                        self._idle.notify_all()
 
 
 class Manager(managers.BaseManager):
@@ -217,11 +231,15 @@ class Manager(managers.BaseManager):
         sessions: Sessions,
         max_message: int,
         exporter: Any = None,
+        on_fault: OnFault = lambda fault: None,
     ) -> None:
-        """`exporter`: the process's `wire.cuda.Exporter`, where the worker is on a GPU."""
+        """`exporter`: the process's `wire.cuda.Exporter`, where the worker is on a GPU.
+
+        `on_fault` is called on a connection's thread; the process is expected to end soon.
+        """
         super().__init__(address, authkey, serializer="luna")
         self._server = partial(
-            Server, name, exposed, address, authkey, sessions, max_message, exporter
+            Server, name, exposed, address, authkey, sessions, max_message, exporter, on_fault
         )
 
     def get_server(self) -> Server:

@@ -42,23 +42,28 @@ __all__ = ("Service", "main")
 logger = logging.getLogger(__name__)
 
 STARTUP_FAILURE = 3  # exit status: the supervisor gives up instead of trying again
+GPU_FAULT = 4  # exit status: the supervisor starts another process, which can use the GPU again
+FAULT_SECONDS = 0.5  # for replies to leave once the GPU is lost; no call can succeed any more
 STOP_SECONDS = 0.5  # between two looks at whether to stop, for signals on Windows
+
+Build = Callable[[ServiceConfig], Worker[Any]]
 
 
 class Service:
     """Joins one worker to its two managers. Owns both servers, their threads and the record."""
 
-    def __init__(self, config: ServiceConfig) -> None:
-        """Load the models. Raises `LunaError`; nothing listens yet."""
+    def __init__(self, config: ServiceConfig, build: Build) -> None:
+        """Load the models with `build`. Raises `LunaError`; nothing listens yet."""
         self._config = config
         self._directory = runtime.runtime_dir(config.runtime_dir)
         self._key = runtime.authkey(config.authkey_file, self._directory)
         # A port that is taken is told at once, not after minutes of loading.
         stream.listen((config.host, config.port)).close()
         self.is_stopping = threading.Event()
+        self.has_lost_gpu = False
         self._started = time.time()
         self._sessions = Sessions()
-        self._worker = _build(config)
+        self._worker = build(config)
         self._exporter = _exporter(self._worker.device, config.max_leased)
         self._servers: list[Server] = []
         self._threads: list[threading.Thread] = []
@@ -112,6 +117,7 @@ class Service:
             self._sessions,
             config.max_message,
             self._exporter,
+            self._give_up,
         ).get_server()
         thread = threading.Thread(target=server.serve_forever, name=repr(server), daemon=True)
         thread.start()
@@ -133,6 +139,14 @@ class Service:
 
     def _stop(self, call: Call) -> None:
         logger.info("client %s asked for an end", call.client[:8])
+        self.is_stopping.set()
+
+    def _give_up(self, fault: BaseException) -> None:
+        """Ask for an end that is no success. From here on clients wait for the next process."""
+        logger.critical("the GPU is lost to this process, which ends", exc_info=fault)
+        self.has_lost_gpu = True
+        for server in self._servers:
+            server.admit_nobody()
         self.is_stopping.set()
 
 
@@ -169,8 +183,11 @@ def _exporter(device: torch.device, most: int) -> Any:
     return Exporter(device, most or torch.cuda.get_device_properties(device).total_memory // 4)
 
 
-def main() -> int:
-    """Serve until standard input ends, a signal comes or a client asks; returns the exit status."""
+def main(build: Build = _build) -> int:
+    """Serve until standard input ends, a signal comes or a client asks; returns the exit status.
+
+    `build` makes the worker with its models.
+    """
     say = _private_stdout()
     config = ServiceConfig.from_json(sys.stdin.buffer.readline().decode())
     logging.basicConfig(
@@ -179,7 +196,7 @@ def main() -> int:
         stream=sys.stderr,
     )
     try:
-        service = Service(config)
+        service = Service(config, build)
         ready = service.start()
     except Exception as exc:  # whatever a loader raises is the reason why there is no service
         logger.debug("start failed", exc_info=True)
@@ -192,7 +209,10 @@ def main() -> int:
     threading.Thread(target=_watch_owner, args=(service.is_stopping,), daemon=True).start()
     while not service.is_stopping.wait(STOP_SECONDS):
         pass
-    service.close(config.grace)
+    service.close(FAULT_SECONDS if service.has_lost_gpu else config.grace)
+    if service.has_lost_gpu:
+        # Nothing that lies on the GPU can be let go of; to try may hang.
+        os._exit(GPU_FAULT)
     logger.info("%s service has stopped", config.role)
     return 0
 

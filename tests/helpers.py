@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from luna_mp.calls import OnFault
 from luna_mp.endpoint import Endpoint
 from luna_mp.manager import LocalManager, RemoteManager, Server
 from luna_mp.sessions import Sessions
+from luna_mp.wire.probe import Importer
 
 KEY = bytes(range(32))
 LIMIT = 1 << 28
@@ -27,11 +29,18 @@ def wait_until(condition: Callable[[], Any], seconds: float = 10.0) -> Any:
 
 @contextmanager
 def served(
-    exposed: dict[str, Callable[..., Any]], address: Any, key: bytes = KEY, limit: int = LIMIT
+    exposed: dict[str, Callable[..., Any]],
+    address: Any,
+    key: bytes = KEY,
+    limit: int = LIMIT,
+    exporter: Any = None,
+    on_fault: OnFault = lambda fault: None,
 ) -> Iterator[Server]:
     """A server in this process, on its own thread; it must end by itself."""
     manager = LocalManager if isinstance(address, str) else RemoteManager
-    server = manager("vae", exposed, address, key, Sessions(), limit).get_server()
+    server = manager(
+        "vae", exposed, address, key, Sessions(), limit, exporter, on_fault
+    ).get_server()
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
@@ -43,9 +52,11 @@ def served(
 
 
 @contextmanager
-def endpoint(server: Server, key: bytes = KEY) -> Iterator[Endpoint]:
+def endpoint(
+    server: Server, key: bytes = KEY, importer: Importer | None = None
+) -> Iterator[Endpoint]:
     """A client of that server."""
-    client = Endpoint("vae", lambda: server.address, key)
+    client = Endpoint("vae", lambda: server.address, key, importer)
     try:
         yield client
     finally:

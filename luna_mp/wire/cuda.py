@@ -29,7 +29,7 @@ from luna_mp.wire.carrier import Carrier, CarrierFailed, Fence, Incoming, NoRoom
 from luna_mp.wire.layout import Layout
 from luna_mp.wire.leases import LeaseBook, Owner
 
-__all__ = ("Exporter", "ExportingCarrier", "ImportingCarrier", "index_of")
+__all__ = ("Exporter", "ExportingCarrier", "Importer", "ImportingCarrier")
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +56,10 @@ class Exporter:
         self.book.when_idle = self._renew_pool
         # The copy is not made behind the next client's work, which may be queued by now.
         self.stream = torch.cuda.Stream(device)
+
+    def carrier(self, owner: Owner) -> ExportingCarrier:
+        """The service's end of one connection of that client."""
+        return ExportingCarrier(self, owner)
 
     def export(self, tensor: torch.Tensor, owner: Owner, after: Fence | None) -> Token:
         """Token for a result; `after` is the event behind the work that makes it."""
@@ -117,6 +121,17 @@ class ExportingCarrier(Carrier):
             if after is None:
                 after = torch.cuda.default_stream(self._exporter.device).record_event()
             self._exporter.book.fence(number, after)
+
+
+class Importer:
+    """The client's side, one for the process: the GPUs that it sees. Asked first, it opens them."""
+
+    def uuids(self) -> list[str]:
+        return [uuid_of(index) for index in range(torch.cuda.device_count())]
+
+    def carrier(self, uuid: str, service: Owner) -> ImportingCarrier:
+        """The client's end of one connection. Raises `RuntimeError`."""
+        return ImportingCarrier(self.uuids().index(uuid), service)
 
 
 # By service and address: what came from it over any connection, to recognise it when it goes back.
@@ -331,9 +346,3 @@ def _runtime() -> Any:
 
 def uuid_of(index: int) -> str:
     return str(torch.cuda.get_device_properties(index).uuid)
-
-
-def index_of(uuid: str) -> int | None:
-    """This process's number for a GPU, or None where it cannot see it."""
-    uuids = [uuid_of(index) for index in range(torch.cuda.device_count())]
-    return uuids.index(uuid) if uuid in uuids else None

@@ -6,7 +6,8 @@
 
 and for `cuda`, where tensors start at the service:
 
-    {"prepare": "cuda", "gpus": UUIDs}         the answer brings random bytes, on the GPU
+    {"propose": "cuda", "gpus": UUIDs}         the answer names the GPU that both see
+    {"prepare": "cuda"}                        the answer brings random bytes, on the GPU
     {"confirm": what the client read there, "tensor": the same tensor, inverted on the GPU}
 
 What fails leaves the connection on the next slower carrier, with the reason kept for people.
@@ -15,7 +16,9 @@ What fails leaves the connection on the next slower carrier, with the reason kep
 from __future__ import annotations
 
 import logging
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 
@@ -27,7 +30,7 @@ from luna_mp.wire.channel import INLINE_BELOW, Channel
 from luna_mp.wire.handshake import Identity
 from luna_mp.wire.leases import Owner
 
-__all__ = ("Answerer", "choose")
+__all__ = ("Answerer", "Importer", "choose")
 
 logger = logging.getLogger(__name__)
 
@@ -35,68 +38,80 @@ PROBE_BYTES = INLINE_BELOW  # just enough not to be sent inline for being small
 SECONDS = 10.0  # the first time a process opens the GPU takes some
 
 
-def choose(channel: Channel, service: Identity, wants_gpu: bool = False, avoided: str = "") -> str:
+class Importer(Protocol):
+    """The GPUs that a client may use; `cuda.Importer` is one."""
+
+    def uuids(self) -> list[str]:
+        """Of all that this process sees."""
+
+    def carrier(self, uuid: str, service: Owner) -> Carrier:
+        """The client's end of one connection. Raises `RuntimeError`."""
+
+
+class _Refused(LunaError):
+    """Raised with what the service says against a carrier, or what it answered wrong."""
+
+
+def choose(
+    channel: Channel, service: Identity, importer: Importer | None = None, avoided: str = ""
+) -> str:
     """Agree with the service on the fastest carrier that works; returns why not a faster one.
 
-    `wants_gpu`: this process has a GPU and may use it; `avoided`: why `cuda` is not to be tried.
+    `importer`: None where this process has no GPU or may not use it; `avoided`: why `cuda` is not
+    to be tried.
     """
     reason = "" if channel.stream.is_local else "the service is reached over TCP"
     if not reason and not shm.is_supported():
         reason = "shm: this system has neither memfd nor named sections"
     if not reason:
-        reason = _try_shm(channel, pin=wants_gpu)
-    if not reason and wants_gpu:
-        reason = avoided or _try_cuda(channel, Owner(service.pid, service.created))
+        reason = _attempt(channel, "shm", partial(_try_shm, channel, pin=importer is not None))
+    if not reason and importer is not None:
+        owner = Owner(service.pid, service.created)
+        reason = avoided or _attempt(channel, "cuda", partial(_try_cuda, channel, importer, owner))
     _ask(channel, {"use": channel.carrier, "reason": reason})
     if reason:
         logger.debug("%s: %s, because %s", channel.stream.peer, channel.carrier, reason)
     return reason
 
 
+def _attempt(channel: Channel, name: str, probe: Callable[[], None]) -> str:
+    """Go on without a carrier that fails its probe; returns the reason, or "" where it works."""
+    try:
+        probe()
+    except (_Refused, CarrierFailed, RuntimeError) as exc:
+        channel.demote(name)
+        problem = (str(exc) or type(exc).__name__).splitlines()[0]
+        return f"{name}: {problem.removeprefix(f'{name}: ')}"
+    return ""
+
+
 def _ask(channel: Channel, question: dict[str, Any]) -> dict[str, Any]:
     deadline = Deadline(SECONDS, f"agreeing on a carrier with {channel.stream.peer}")
     channel.send(question, deadline)
-    return channel.recv(deadline)
+    reply = channel.recv(deadline)
+    if "error" in reply:
+        raise _Refused(str(reply["error"]))
+    return reply
 
 
-def _try_shm(channel: Channel, pin: bool) -> str:
-    """Use shared memory if bytes survive it; else the reason why not."""
-    problem = str(_ask(channel, {"prepare": "shm"}).get("error", ""))
-    if not problem:
-        channel.use(shm.ShmCarrier(pin))
-        sent = torch.randint(0, 256, (PROBE_BYTES,), dtype=torch.uint8)
-        reply = _ask(channel, {"probe": "shm", "tensor": sent})
-        problem = str(reply.get("error", ""))
-        if not problem and not torch.equal(reply["tensor"], ~sent):
-            problem = "other bytes came back than were sent"
-    if problem:
-        channel.demote("shm")
-    return f"shm: {problem}" if problem else ""
+def _try_shm(channel: Channel, pin: bool) -> None:
+    """Use shared memory if bytes survive it."""
+    _ask(channel, {"prepare": "shm"})
+    channel.use(shm.ShmCarrier(pin))
+    sent = torch.randint(0, 256, (PROBE_BYTES,), dtype=torch.uint8)
+    reply = _ask(channel, {"probe": "shm", "tensor": sent})
+    if not torch.equal(reply["tensor"], ~sent):
+        raise _Refused("other bytes came back than were sent")
 
 
-def _try_cuda(channel: Channel, service: Owner) -> str:
-    """Use the service's GPU if both ends see the same bytes there; else the reason why not."""
-    from luna_mp.wire import cuda
-
-    gpus = [cuda.uuid_of(index) for index in range(torch.cuda.device_count())]
-    offer = _ask(channel, {"propose": "cuda", "gpus": gpus})
-    if "error" in offer:
-        return f"cuda: {offer['error']}"
-    try:
-        carrier: Carrier = cuda.ImportingCarrier(gpus.index(offer["gpu"]), service)
-        channel.use(carrier)
-        tensor = _ask(channel, {"prepare": "cuda"})["tensor"]
-        read = tensor.cpu()
-        tensor.bitwise_not_()
-        reply = _ask(channel, {"confirm": read, "tensor": tensor})
-        problem = str(reply.get("error", ""))
-    except CarrierFailed as exc:
-        problem = str(exc)
-    except RuntimeError as exc:
-        problem = f"cuda: {str(exc).splitlines()[0]}"
-    if problem:
-        channel.demote("cuda")
-    return problem
+def _try_cuda(channel: Channel, importer: Importer, service: Owner) -> None:
+    """Use the service's GPU if both ends see the same bytes there."""
+    offer = _ask(channel, {"propose": "cuda", "gpus": importer.uuids()})
+    channel.use(importer.carrier(offer["gpu"], service))
+    tensor = _ask(channel, {"prepare": "cuda"})["tensor"]
+    read = tensor.to("cpu", copy=True)
+    tensor.bitwise_not_()
+    _ask(channel, {"confirm": read, "tensor": tensor})
 
 
 class Answerer:
@@ -147,14 +162,12 @@ class Answerer:
         return uuid
 
     def _challenge(self) -> torch.Tensor:
-        from luna_mp.wire.cuda import ExportingCarrier
-
-        self._channel.use(ExportingCarrier(self._exporter, self._owner))
+        self._channel.use(self._exporter.carrier(self._owner))
         self._secret = torch.randint(0, 256, (PROBE_BYTES,), dtype=torch.uint8)
         return self._secret.to(self._exporter.device)
 
     def _judge(self, read: torch.Tensor, written: torch.Tensor) -> None:
         if not torch.equal(read.cpu(), self._secret):
-            raise LunaError("cuda: the client read other bytes than were written")
+            raise LunaError("the client read other bytes than were written")
         if not torch.equal(written.cpu(), ~self._secret):
-            raise LunaError("cuda: what the client wrote did not arrive")
+            raise LunaError("what the client wrote did not arrive")

@@ -45,12 +45,15 @@ def is_supported() -> bool:
 
 
 class ShmCarrier(Carrier):
-    """Both directions of one connection. `pin` registers the memory with CUDA, for fast copies."""
+    """Both directions of one connection.
+
+    `pin` registers the memory with CUDA, where this process has it, for fast copies.
+    """
 
     name = "shm"
 
     def __init__(self, pin: bool = False) -> None:
-        self._pin = pin
+        self._pin = pin and torch.cuda.is_available()
         self._mine: dict[int, _Segment] = {}
         self._theirs: dict[int, _Segment] = {}
         self._dropped: list[int] = []

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from luna_mp.errors import OutOfMemory, Rejected
+from luna_mp.faults import is_out_of_memory
 from luna_mp.models.base import ClipModel, Conditioning
 from luna_mp.models.library import Library
 from luna_mp.workers import memory
@@ -57,7 +58,7 @@ class ClipWorker(Worker[ClipModel]):
         try:
             return clip.encode(text)
         except (RuntimeError, MemoryError) as exc:
-            if not memory.is_out_of_memory(exc):
+            if not is_out_of_memory(exc):
                 raise
             memory.free(clip.device)
             raise OutOfMemory(

@@ -1,4 +1,4 @@
-"""What to do when a model does not fit: recognise it, let go, say so."""
+"""A device's memory: let go of it, and say how it is used."""
 
 from __future__ import annotations
 
@@ -6,14 +6,7 @@ import gc
 
 import torch
 
-__all__ = ("drop_workspaces", "free", "is_out_of_memory", "used")
-
-
-def is_out_of_memory(exc: BaseException) -> bool:
-    """True for CUDA's error and for the CPU allocator's, which has no class of its own."""
-    if isinstance(exc, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(exc, RuntimeError) and "DefaultCPUAllocator" in str(exc)
+__all__ = ("drop_workspaces", "free", "used")
 
 
 def free(device: torch.device) -> None:

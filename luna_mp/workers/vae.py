@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from luna_mp.errors import OutOfMemory, Rejected
+from luna_mp.faults import is_out_of_memory
 from luna_mp.models.base import VaeModel
 from luna_mp.workers import memory
 from luna_mp.workers.queue import Call
@@ -72,7 +73,7 @@ def _attempt(
         try:
             return whole(tensor)
         except (RuntimeError, MemoryError) as exc:
-            if not memory.is_out_of_memory(exc):
+            if not is_out_of_memory(exc):
                 raise
             logger.warning("out of memory at %s, once more in tiles", list(tensor.shape))
     # Out of the handler: its traceback would keep the first try's tensors alive.
@@ -80,7 +81,7 @@ def _attempt(
     try:
         return in_tiles(tensor)
     except (RuntimeError, MemoryError) as exc:
-        if not memory.is_out_of_memory(exc):
+        if not is_out_of_memory(exc):
             raise
         memory.free(vae.device)
         raise OutOfMemory(

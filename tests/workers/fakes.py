@@ -7,6 +7,12 @@ import torch
 from luna_mp.models.base import ClipModel, Conditioning, ModelSpec, VaeModel
 from luna_mp.models.library import Library
 
+#: as torch words it; what follows the first line is advice
+GPU_FAULT = (
+    "CUDA error: an illegal memory access was encountered\n"
+    "CUDA kernel errors might be asynchronously reported at some other API call"
+)
+
 
 class FakeCall:
     after = None
@@ -55,6 +61,18 @@ class FakeVae(VaeModel):
         if self.errors:
             raise self.errors.pop(0)
         return tensor + 1
+
+
+class FakeVaeOnBrokenGpu(FakeVae):
+    """Behaves as after a kernel that failed, which here an infinite latent stands for."""
+
+    is_broken = False
+
+    def _answer(self, what, tensor):
+        self.is_broken = self.is_broken or bool(tensor.isinf().any())
+        if self.is_broken:
+            raise RuntimeError(GPU_FAULT)
+        return super()._answer(what, tensor)
 
 
 class FakeClip(ClipModel):

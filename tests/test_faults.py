@@ -1,0 +1,235 @@
+"""A GPU that is lost to the service: who notices, who is told, and what comes after."""
+
+from __future__ import annotations
+
+import sys
+import threading
+
+import pytest
+import torch
+
+import luna_mp
+from luna_mp import errors, supervisor
+from luna_mp.calls import Calls
+from luna_mp.config import ServeConfig, ServiceConfig
+from luna_mp.faults import is_gpu_fault, is_out_of_memory
+from luna_mp.sessions import Sessions
+from luna_mp.supervisor import Supervisor
+from luna_mp.wire import handshake
+from luna_mp.wire.carrier import Carrier
+from luna_mp.wire.probe import Answerer
+from luna_mp.workers.vae import VaeWorker
+from tests.helpers import endpoint, served, wait_until
+from tests.test_supervisor import running
+from tests.wire.pair import LIMIT, channels, soon
+from tests.workers.fakes import GPU_FAULT, FakeCall, FakeVaeOnBrokenGpu, library
+
+BIG = 40_000  # elements; more than what is sent inline for being small
+INFINITE = torch.full((1, 4, 8, 8), float("inf"))
+ZEROS = torch.zeros(1, 4, 8, 8)
+LOST = "the vae service lost its GPU .*illegal memory access was encountered\\) and restarts"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        GPU_FAULT,
+        "CUDA error: device-side assert triggered",
+        "CUDA error: unspecified launch failure",
+        "a layer failed: CUDA error: misaligned address",
+        "CUDA error: unknown error",
+    ],
+)
+def test_an_error_of_work_on_the_gpu_is_a_fault(text):
+    assert is_gpu_fault(RuntimeError(text))
+    assert not is_out_of_memory(RuntimeError(text))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+    ids=str,
+)
+def test_a_lack_of_memory_is_no_fault(error):
+    assert is_out_of_memory(error)
+    assert not is_gpu_fault(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("shapes cannot be multiplied"),
+        RuntimeError("CUDA error: invalid configuration argument"),
+        RuntimeError("CUDA error: operation not supported"),
+        RuntimeError("CUDA error: no kernel image is available for execution on the device"),
+        errors.Rejected("CUDA error: unknown error, says the prompt"),
+        None,
+    ],
+    ids=str,
+)
+def test_what_leaves_the_gpu_as_it_was_is_no_fault(error):
+    assert not is_gpu_fault(error)
+
+
+def test_the_worker_lets_a_fault_through_and_does_not_try_tiles():
+    vae = FakeVaeOnBrokenGpu()
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        VaeWorker(library(vae)).decode(FakeCall(), INFINITE)
+    assert vae.asked == []
+
+
+class FaultyCarrier(Carrier):
+    """Meets the fault in one of the places where a carrier uses the GPU."""
+
+    name = "faulty"
+
+    def __init__(self, place=""):
+        self._place = place
+
+    def pack(self, tensor, out):
+        self._meet("pack")
+        return (tensor.numel(),)
+
+    def unpack(self, token, source):
+        self._meet("unpack")
+        return torch.zeros(token[0], dtype=torch.uint8)
+
+    def settle(self, after):
+        self._meet("settle")
+
+    def _meet(self, place):
+        if place == self._place:
+            raise RuntimeError(GPU_FAULT)
+
+
+class FaultyBook:
+    def wait_for_room(self, owner, deadline):
+        raise RuntimeError(GPU_FAULT)
+
+
+class FaultyExporter:
+    book = FaultyBook()
+
+
+def waits_for_room(call):
+    call.wait_for_room()
+
+
+def fails(call):
+    raise RuntimeError(GPU_FAULT)
+
+
+EXPOSED = {"echo": lambda call, tensor: tensor, "waits_for_room": waits_for_room, "fails": fails}
+
+
+def request(method, *args):
+    return {"method": method, "args": args, "kwargs": {}, "timeout": 10.0, "device": ""}
+
+
+@pytest.mark.parametrize(
+    ("message", "place", "carrier"),
+    [
+        (request("fails"), "", "faulty"),
+        (request("waits_for_room"), "", "cuda"),
+        (request("echo", torch.zeros(BIG)), "unpack", "faulty"),
+        (request("echo", torch.zeros(BIG)), "settle", "faulty"),
+        (request("echo", torch.zeros(BIG)), "pack", "faulty"),
+        ({"probe": "faulty", "tensor": torch.zeros(BIG, dtype=torch.uint8)}, "pack", "faulty"),
+    ],
+    ids=["model", "waiting for room", "unpacking", "settling", "packing", "packing a probe"],
+)
+def test_a_fault_is_noted_wherever_it_shows_before_the_client_is_told(message, place, carrier):
+    noted = []
+    with channels() as (left, right):
+        for end, own in ((left, FaultyCarrier()), (right, FaultyCarrier(place))):
+            own.name = carrier
+            end.use(own)
+        left.send(message, soon())
+        sessions, identity = Sessions(), handshake.identity("", LIMIT)
+        session = sessions.join(identity, "local")
+        answerer = Answerer(right, identity, FaultyExporter())
+        calls = Calls("vae", EXPOSED, right, session, sessions, answerer, noted.append)
+        with pytest.raises(errors.RemoteFailure, match=LOST):
+            calls.answer(calls.next())
+        reply = left.recv(soon())
+    assert [str(fault) for fault in noted] == [GPU_FAULT]
+    assert "lost its GPU" in reply["error"]
+    assert "illegal memory access" in reply["traceback"]
+
+
+def test_a_fault_ends_the_connection_and_is_told_once(tmp_path):
+    noted = []
+    with served(EXPOSED, str(tmp_path / "sock"), on_fault=noted.append) as server:
+        with endpoint(server) as client:
+            with pytest.raises(errors.RemoteFailure, match=LOST):
+                client.call("fails", (), {}, 10.0)
+            wait_until(lambda: "0 connections" in repr(server))
+    assert len(noted) == 1
+
+
+@pytest.fixture
+def service(runtime_dir, tmp_path, monkeypatch):
+    """A supervised process with a model whose GPU can be broken, once `marker` exists."""
+    monkeypatch.setattr(supervisor, "BACKOFF_SECONDS", (0.01, 0.02))
+    config = ServiceConfig(
+        "vae",
+        device="cpu",
+        port=0,
+        comfyui=str(tmp_path / "marker"),
+        runtime_dir=str(runtime_dir),
+        log_level="ERROR",
+    )
+    supervised = Supervisor(
+        ServeConfig((config,), grace=30.0), (sys.executable, "-m", "tests.services")
+    )
+    with running(supervised):
+        yield supervised
+
+
+@pytest.mark.parametrize("by", ["socket", "port"])
+def test_the_same_proxy_works_again_after_a_fault(service, tmp_path, by):
+    (tmp_path / "marker").touch()
+    before = service.ready["vae"]
+    address = before["socket"] if by == "socket" else f"127.0.0.1:{before['port']}"
+    with luna_mp.connect(vae=address) as luna:
+        with pytest.raises(errors.RemoteFailure, match=LOST):
+            luna.vae.decode(INFINITE)
+        assert luna.vae.decode(ZEROS).eq(1).all()
+        assert luna.vae.status()["pid"] != before["pid"]
+
+
+def test_waiting_calls_fail_within_a_second_of_a_fault(service, tmp_path):
+    failures = []
+
+    def decode(latent):
+        try:
+            luna.vae.decode(latent)
+        except errors.LunaError as exc:
+            failures.append(exc)
+
+    def in_line():
+        return len(luna.status("vae")["queue"]["line"])
+
+    with luna_mp.connect() as luna:
+        threads = [threading.Thread(target=decode, args=(x,)) for x in (INFINITE, ZEROS, ZEROS)]
+        for number, thread in enumerate(threads, start=1):
+            thread.start()
+            wait_until(lambda number=number: in_line() == number)
+        (tmp_path / "marker").touch()
+        for thread in threads:
+            thread.join(1.0)
+            assert not thread.is_alive()
+    assert len(failures) == 3
+    assert all(isinstance(exc, (errors.Broken, errors.RemoteFailure)) for exc in failures)
+
+
+def test_a_fault_ends_the_process_with_a_status_of_its_own(service, tmp_path, caplog):
+    (tmp_path / "marker").touch()
+    with luna_mp.connect() as luna:
+        with pytest.raises(errors.RemoteFailure):
+            luna.vae.decode(INFINITE)
+        wait_until(lambda: "the vae service died (exit status 4)" in caplog.text)

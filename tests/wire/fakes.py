@@ -1,0 +1,127 @@
+"""A GPU that both ends reach, made of memory of this process, and carriers that use it."""
+
+from __future__ import annotations
+
+import torch
+
+from luna_mp.wire.carrier import Carrier, CarrierFailed, NoRoom
+
+UUID = "11111111-2222"
+
+
+class FakeGpu:
+    """What was exported, by number; `is_lost`: no client can open any of it any more."""
+
+    def __init__(self):
+        self.exported = {}
+        self.is_lost = False
+
+    def export(self, tensor):
+        number = len(self.exported) + 1
+        self.exported[number] = tensor.clone()
+        return number
+
+
+class ServiceEnd(Carrier):
+    name = "cuda"
+
+    def __init__(self, gpu):
+        self._gpu = gpu
+
+    def pack(self, tensor, out):
+        return (self._gpu.export(tensor),)
+
+    def unpack(self, token, source):
+        return self._gpu.exported[token[0]]
+
+
+class ServiceEndThatCannotExport(ServiceEnd):
+    def pack(self, tensor, out):
+        raise RuntimeError("CUDA error: operation not supported\nadvice")
+
+
+class FakeBook:
+    def wait_for_room(self, owner, deadline):
+        pass
+
+
+class FakeExporter:
+    device = torch.device("cpu")
+    book = FakeBook()
+
+    def __init__(self, gpu, end=ServiceEnd, uuid=UUID):
+        self.uuid = uuid
+        self._gpu = gpu
+        self._end = end
+
+    def carrier(self, owner):
+        return self._end(self._gpu)
+
+
+class ClientEnd(Carrier):
+    """Hands out the very memory, and sends what came from there by its number."""
+
+    name = "cuda"
+
+    def __init__(self, gpu):
+        self._gpu = gpu
+        self._leased = {}
+
+    def pack(self, tensor, out):
+        number = self._leased.get(tensor.data_ptr())
+        if number is None:
+            raise NoRoom("this tensor is not the service's")
+        self._check()
+        return (number,)
+
+    def unpack(self, token, source):
+        self._check()
+        tensor = self._open(self._gpu.exported[token[0]])
+        self._leased[tensor.data_ptr()] = token[0]
+        return tensor
+
+    def _open(self, memory):
+        return memory
+
+    def _check(self):
+        if self._gpu.is_lost:
+            raise CarrierFailed("cuda: invalid resource handle")
+
+
+class ClientEndThatMisreads(ClientEnd):
+    def _open(self, memory):
+        return memory.bitwise_xor_(1)
+
+
+class ClientEndOverACopy(ClientEnd):
+    """What it writes arrives nowhere."""
+
+    def _open(self, memory):
+        return memory.clone()
+
+
+class ClientEndThatOpensNothing(ClientEnd):
+    def _open(self, memory):
+        raise CarrierFailed("cuda: peer access is not supported\nadvice")
+
+
+class FakeImporter:
+    """Counts the connections for which the GPU was tried."""
+
+    def __init__(self, gpu, end=ClientEnd):
+        self.tried = 0
+        self._gpu = gpu
+        self._end = end
+
+    def uuids(self):
+        return ["00000000-0000", UUID]
+
+    def carrier(self, uuid, service):
+        assert uuid == UUID
+        self.tried += 1
+        return self._end(self._gpu)
+
+
+class ImporterWithoutRuntime(FakeImporter):
+    def carrier(self, uuid, service):
+        raise RuntimeError("this process's allocator needs the package cuda-bindings")
