@@ -5,15 +5,22 @@ Each finds the services by LUNA_MP_RUNTIME_DIR, like any worker.
 
 from __future__ import annotations
 
+import json
+import select
 import subprocess
 import sys
+import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 import luna_mp
+from tests.same import bits
+
+LATENTS = 3  # that a bystander knows
 
 
 def say(text: str) -> None:
@@ -42,6 +49,51 @@ def hold() -> None:
         image = luna.vae.decode(torch.zeros(1, 4, 32, 32))
         say(f"holding {image.numel()}")
         sys.stdin.read()
+
+
+class Known(NamedTuple):
+    """A latent, its image and that image's latent, as they were before anybody died."""
+
+    latent: torch.Tensor
+    image: torch.Tensor
+    again: torch.Tensor
+
+
+def bystander(edge: str, seed: str) -> None:
+    """Work from one line of standard input to the next, and say how it went; at first, by what."""
+    lines = open(0, "rb", buffering=0, closefd=False)  # unbuffered, so that `select` sees them all
+    generator = torch.Generator().manual_seed(int(seed))
+    known = []
+    with luna_mp.connect() as luna:
+        # Several, so that a result that lies where another one lay is not like it.
+        for _ in range(LATENTS):
+            latent = torch.randn(1, 4, int(edge), int(edge), generator=generator)
+            image = luna.vae.decode(latent)
+            known.append(Known(latent, image.clone(), luna.vae.encode(image).clone()))
+        say(json.dumps(luna.carriers))
+        while lines.readline():
+            say(json.dumps(compare(luna.vae, known)))
+            lines.readline()
+
+
+def compare(vae: luna_mp.VaeProxy, known: list[Known]) -> dict[str, Any]:
+    """Decode and encode until standard input has a line; `longest`: seconds for one result.
+
+    A result is compared when it comes, and again while the next ones come.
+    """
+    calls, mismatches, longest = 0, 0, 0.0
+    held: deque[tuple[torch.Tensor, torch.Tensor]] = deque(maxlen=4)
+    while not select.select([0], [], [], 0)[0]:
+        expected = known[calls // 2 % len(known)]
+        started = time.monotonic()
+        image = vae.decode(expected.latent)
+        between = time.monotonic()
+        again = vae.encode(image)
+        longest = max(longest, between - started, time.monotonic() - between)
+        held += [(image, expected.image), (again, expected.again)]
+        mismatches += sum(not torch.equal(bits(got), bits(right)) for got, right in held)
+        calls += 2
+    return {"calls": calls, "mismatches": mismatches, "longest": longest}
 
 
 @contextmanager

@@ -11,8 +11,8 @@ def assert_same(got: torch.Tensor, expected: torch.Tensor) -> None:
     assert got.device == expected.device
     assert got.shape == expected.shape
     assert got.stride() == expected.stride()
-    assert torch.equal(_bits(got), _bits(expected))
+    assert torch.equal(bits(got), bits(expected))
 
 
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
+def bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)

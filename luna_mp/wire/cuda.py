@@ -17,7 +17,7 @@ import logging
 import mmap
 import os
 import weakref
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -226,7 +226,9 @@ class _TorchCounter:
         torch.UntypedStorage._release_ipc_counter_cuda(self._file, self._slot)
 
 
-@cache
+# The newest only, which the next exports will use: torch begins another for each 10,000, and
+# counters that are in use keep their own.
+@lru_cache(maxsize=1)
 def _counters(file: bytes) -> mmap.mmap:
     fd = os.open(b"/dev/shm/" + file.lstrip(b"/"), os.O_RDONLY)
     try:
