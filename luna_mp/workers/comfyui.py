@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from luna_mp.errors import ModelChanged, OutOfMemory, Rejected
+from luna_mp.faults import is_out_of_memory
 from luna_mp.models import comfy_patches, files, randomness, skeleton
 from luna_mp.models.base import Model
 from luna_mp.models.comfy import ComfyClip, ComfyVae, NamedPatches
@@ -74,7 +75,7 @@ class _ComfyCalls:
             try:
                 yield version, self._checked(loaded)
             except (RuntimeError, MemoryError) as exc:
-                if not memory.is_out_of_memory(exc):
+                if not is_out_of_memory(exc):
                     raise
                 text = f"{call.method} does not fit on {loaded.device}: {exc}"
             else:
