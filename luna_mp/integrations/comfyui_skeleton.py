@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import comfy.sd
 import torch
 from comfy.model_patcher import ModelPatcher
+from torch.overrides import TorchFunctionMode
 
 from luna_mp.errors import Rejected
 from luna_mp.integrations.comfyui_service import RemoteModel
@@ -89,12 +91,36 @@ def hollow_vae(remote: RemoteModel) -> Any:
     """ComfyUI's own `VAE`; the network is on meta."""
     state = skeleton.restore(remote.files[0])
     metadata = remote.files[0]["metadata"] or None
-    with torch.device("meta"):
+    with _WithoutWeights():
         if is_checkpoint(state):
-            return comfy.sd.load_state_dict_guess_config(
+            vae = comfy.sd.load_state_dict_guess_config(
                 state, output_model=False, output_clip=False, metadata=metadata
             )[2]
-        return comfy.sd.VAE(sd=state, metadata=metadata)
+        else:
+            vae = comfy.sd.VAE(sd=state, metadata=metadata)
+    vae.first_stage_model.to("meta")
+    return vae
+
+
+class _WithoutWeights(TorchFunctionMode):
+    """Weights, which are made empty and filled from a file, take no memory.
+
+    Anything else has values: some families compute with tensors while they are built.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty:
+            kwargs = {**kwargs, "device": "meta"}
+        elif func is torch.Tensor.copy_ and args[1].is_meta:
+            return args[0]
+        return func(*args, **kwargs)
 
 
 def _refuse_forward(module: torch.nn.Module, _inputs: object) -> NoReturn:
