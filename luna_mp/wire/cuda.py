@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import mmap
 import os
+import threading
 import weakref
 from functools import cache, lru_cache
 from typing import Any
@@ -53,6 +54,8 @@ class Exporter:
         # A handle opens the whole of the memory that the allocator took at once, so weights must
         # not lie in it: results have a pool of their own, and are copied into it on the GPU.
         self._pool = torch.cuda.MemPool()
+        # Connections export side by side, and a pool serves one thread at a time.
+        self._pool_lock = threading.Lock()
         self.book.when_idle = self._renew_pool
         # The copy is not made behind the next client's work, which may be queued by now.
         self.stream = torch.cuda.Stream(device)
@@ -71,7 +74,7 @@ class Exporter:
                 self.stream.wait_event(after)
             else:
                 self.stream.wait_stream(torch.cuda.default_stream(self.device))
-            with torch.cuda.use_mem_pool(self._pool):
+            with self._pool_lock, torch.cuda.use_mem_pool(self._pool):
                 fresh = torch.empty_like(run)
             fresh.copy_(run)
             run.record_stream(self.stream)
@@ -83,7 +86,8 @@ class Exporter:
 
     def _renew_pool(self) -> None:
         """Nothing is leased: give the pool's memory back to the card, which it does only whole."""
-        self._pool = torch.cuda.MemPool()
+        with self._pool_lock:
+            self._pool = torch.cuda.MemPool()
 
 
 class ExportingCarrier(Carrier):

@@ -121,7 +121,7 @@ def test_the_process_lacks_exactly_the_encoder_and_the_vae(server):
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: LUNA_MP_TEST_DEVICE")
 def test_the_vae_comes_by_the_cuda_carrier_under_stock_comfyui(server, services):
     server.run(workflow("LunaCheckpointLoader", mode="service"))
-    with services.connect() as luna:
+    with services.connect(gpu=False) as luna:
         clients = luna.status("vae")["clients"]
     assert [c["carrier"] for c in clients if c["pid"] == server.pid] == ["cuda"]
 
