@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
 import luna_mp
 from luna_mp.models import ModelSpec, load_clip, load_vae
+from tests.comfyui import shrunken
 from tests.models import makers
 from tests.same import assert_same
 
@@ -31,10 +30,7 @@ def diffusers_folder(maker):
 
 
 def comfyui_files(folder):
-    comfyui = os.environ.get("COMFYUI_PATH")
-    if not comfyui:
-        pytest.skip("COMFYUI_PATH names no ComfyUI")
-    pytest.importorskip("torchvision", reason="this ComfyUI cannot be imported: no torchvision")
+    comfyui = shrunken.comfyui()
     from tests.models import comfy_makers
 
     folder.mkdir()

@@ -46,7 +46,7 @@ def write_checkpoint(path: Path, comfyui: str) -> None:
     }
     generator = torch.Generator().manual_seed(11)
     state = {
-        prefix + key: _random(key, value, generator)
+        prefix + key: random(key, value, generator)
         for prefix, module in parts.items()
         for key, value in module.state_dict().items()
         if value.is_floating_point()
@@ -54,9 +54,9 @@ def write_checkpoint(path: Path, comfyui: str) -> None:
     save_file(state, path)
 
 
-def write_lora(path: Path) -> None:
+def write_lora(path: Path, seed: int = 12) -> None:
     """For the text encoder and for a part of the diffusion model."""
-    generator = torch.Generator().manual_seed(12)
+    generator = torch.Generator().manual_seed(seed)
     shapes = {
         f"lora_te_text_model_encoder_layers_{layer}_{name}": shape
         for layer in range(12)
@@ -71,11 +71,11 @@ def write_lora(path: Path) -> None:
     save_file(state, path)
 
 
-def _random(key: str, like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Norms start at one, biases at zero; the rest keeps its input's scale."""
+def random(key: str, like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Norms are about one, biases about zero; the rest keeps its input's scale."""
+    noise = torch.randn(like.shape, generator=generator)
     if like.ndim < 2:
-        value = float("norm" in key and key.endswith("weight")) if like.ndim else 4.6
-        return torch.full(like.shape, value, dtype=torch.float16)
+        middle = float("norm" in key and key.endswith("weight")) if like.ndim else 4.6
+        return (middle + 0.05 * noise).to(torch.float16)
     fan_in = like[0].numel() if "embedding" not in key else 100
-    noise = torch.randn(like.shape, generator=generator) / fan_in**0.5
-    return noise.to(torch.float16)
+    return (noise / fan_in**0.5).to(torch.float16)

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from tests.comfyui import vae_makers, vae_services
+from tests.comfyui import services, vae_makers, vae_services
 from tests.same import assert_same
 
-comfy = vae_services.comfy
-folder = vae_services.folder
-inference = vae_services.inference
+comfy = services.comfy
+folder = services.folder
+inference = services.inference
 serving = vae_services.serving
 service = vae_services.service
 

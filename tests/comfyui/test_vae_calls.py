@@ -17,13 +17,13 @@ import luna_mp
 from luna_mp.endpoint import Endpoint
 from luna_mp.errors import LunaError, OutOfMemory, Rejected
 from tests.clients import client
-from tests.comfyui import vae_makers, vae_services
+from tests.comfyui import services, vae_makers, vae_services
 from tests.helpers import wait_until
 from tests.same import assert_same
 
-comfy = vae_services.comfy
-folder = vae_services.folder
-inference = vae_services.inference
+comfy = services.comfy
+folder = services.folder
+inference = services.inference
 serving = vae_services.serving
 service = vae_services.service
 
@@ -157,7 +157,7 @@ class Small(Endpoint):
 @pytest.fixture
 def small(comfy, serving):
     """A VAE in a service that has no memory for whole pictures, and its connection."""
-    endpoint = vae_services.connected(serving, Small)
+    endpoint = services.connected(serving, Small)
     yield comfy.remote.load_vae(comfy.Service(endpoint, "the small service"))[0], endpoint
     endpoint.close()
 
@@ -291,7 +291,7 @@ def test_service_without_comfyui_says_how_to_start_one(comfy, runtime_dir):
     except (ImportError, RuntimeError) as exc:  # RuntimeError: what it needs itself is broken
         pytest.skip(f"the demo models need diffusers: {exc}")
     with luna_mp.serve(clip="cpu", log_level="ERROR", runtime_dir=str(runtime_dir)) as plain:
-        endpoint = vae_services.connected(plain, role="clip")
+        endpoint = services.connected(plain, role="clip")
         try:
             with pytest.raises(Rejected, match="luna-mp serve --comfyui DIR"):
                 comfy.remote.load_clip(comfy.Service(endpoint, "plain"))
@@ -301,7 +301,7 @@ def test_service_without_comfyui_says_how_to_start_one(comfy, runtime_dir):
 
 @pytest.mark.parametrize("clients", [1, 3], ids=["one client", "three clients"])
 def test_threads_at_once_get_each_its_own_result(comfy, serving, local, clients):
-    endpoints = [vae_services.connected(serving) for _ in range(clients)]
+    endpoints = [services.connected(serving) for _ in range(clients)]
     vaes = [comfy.remote.load_vae(comfy.Service(e, f"{e.role}"))[0] for e in endpoints]
 
     def decode(seed: int) -> torch.Tensor:

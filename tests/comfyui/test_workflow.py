@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import luna_mp
-from tests.comfyui import checkpoint_makers, comfy_server
+from tests.comfyui import checkpoint_makers, comfy_server, shrunken
 from tests.helpers import wait_until
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.timeout(900)]
@@ -29,7 +29,9 @@ def comfyui():
 def base(comfyui, tmp_path_factory):
     base = tmp_path_factory.mktemp("comfyui")
     comfy_server.lay_out(base)
-    checkpoint_makers.write_checkpoint(base / "models/checkpoints/whole.safetensors", comfyui)
+    checkpoint_makers.write_checkpoint(
+        base / "models/checkpoints/whole.safetensors", shrunken.comfyui()
+    )
     checkpoint_makers.write_lora(base / "models/loras/style.safetensors")
     return base
 
