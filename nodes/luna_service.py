@@ -47,7 +47,11 @@ class ServiceUnload(io.ComfyNode):
             description="Lets a service of this machine drop a model that a workflow loaded there.",
             inputs=[
                 io.Combo.Input("service", options=["vae", "clip"], tooltip="Which service."),
-                io.String.Input("path", tooltip="The model's file, as the status names it."),
+                io.String.Input(
+                    "path",
+                    multiline=True,
+                    tooltip="The model's file as the status names it; of several, one a line.",
+                ),
             ],
             outputs=[io.Boolean.Output("was_loaded")],
             is_output_node=True,
@@ -60,7 +64,7 @@ class ServiceUnload(io.ComfyNode):
 
     @classmethod
     def execute(cls, service, path):
-        return io.NodeOutput(_loaders().unload(service, path))
+        return io.NodeOutput(_loaders().unload(service, path.split("\n")))
 
 
 class ServiceStart(io.ComfyNode):

@@ -68,20 +68,20 @@ def clip(
 
 
 def checkpoint(path: str, mode: Mode, clip_address: str, vae_address: str) -> tuple[Any, Any, Any]:
-    """MODEL, which is loaded here, CLIP and VAE of one file."""
-    if mode != "local" and all(
-        _answers(*at) for at in (("clip", clip_address), ("vae", vae_address))
-    ):
-        mode = "service"
-    elif mode == "auto":
-        logger.warning("no luna-mp services for CLIP and VAE; %s is loaded here whole", path)
-        mode = "local"
-    if mode == "local":
-        found = comfy.sd.load_checkpoint_guess_config(path, embedding_directory=_embeddings())
-        return found[0], found[1], found[2]
-    model = comfy.sd.load_checkpoint_guess_config(path, output_vae=False, output_clip=False)[0]
-    clip_ = load_clip(service("clip", clip_address), [path], embedding_directory=_embeddings())[0]
-    return model, clip_, load_vae(service("vae", vae_address), [path])[0]
+    """MODEL, which is loaded here, CLIP and VAE of one file; in mode "auto" each by itself."""
+    clips = _chosen(mode, "clip", clip_address)
+    vaes = _chosen(mode, "vae", vae_address)
+    model, clip_, vae_, *_ = comfy.sd.load_checkpoint_guess_config(
+        path,
+        output_clip=clips is None,
+        output_vae=vaes is None,
+        embedding_directory=_embeddings(),
+    )
+    if clips is not None:
+        clip_ = load_clip(clips, [path], embedding_directory=_embeddings())[0]
+    if vaes is not None:
+        vae_ = load_vae(vaes, [path])[0]
+    return model, clip_, vae_
 
 
 def shared_vae(address: str, use: Callable[[RemoteVAE], T]) -> T:
@@ -123,9 +123,9 @@ def status() -> str:
     return "\n".join(lines)
 
 
-def unload(role: Role, path: str) -> bool:
-    """Let a service of this machine drop the model in that file; False: it was not there."""
-    was_there: bool = service(role).call("unload", {"paths": [path]})
+def unload(role: Role, paths: Sequence[str]) -> bool:
+    """Let a service of this machine drop the model in those files; False: it was not there."""
+    was_there: bool = service(role).call("unload", {"paths": list(paths)})
     return was_there
 
 
@@ -169,26 +169,23 @@ def _by_mode(
     remote: Callable[[Service], T],
     local: Callable[[], Any],
 ) -> Any:
+    found = _chosen(mode, role, address)
+    return local() if found is None else remote(found)
+
+
+def _chosen(mode: Mode, role: Role, address: str) -> Service | None:
+    """The service to load in, or None for this process; the log says which."""
     if mode == "local":
-        return local()
+        return None
     try:
         found = service(role, address)
     except Unavailable as exc:
         if mode == "service":
             raise
-        logger.warning("loading in this ComfyUI, since %s", exc)
-        return local()
-    logger.info("loading in %r", found)
-    return remote(found)
-
-
-def _answers(role: Role, address: str) -> bool:
-    """False where no service answers. Raises what else is wrong with it."""
-    try:
-        service(role, address)
-    except Unavailable:
-        return False
-    return True
+        logger.warning("the %s is loaded in this ComfyUI, since %s", role, exc)
+        return None
+    logger.info("the %s is loaded in %r", role, found)
+    return found
 
 
 def _with_default(
