@@ -6,6 +6,7 @@ code. Only what touches a weight goes to the service.
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
@@ -145,9 +146,10 @@ class RemoteEncoder:
     ) -> dict[str, Any]:
         remote: RemoteModel = self._skeleton.remote
         target = model_management.intermediate_device()
+        prompt = _compact(tokens)
         for _ in range(ATTEMPTS):
             found: dict[str, Any] = remote.call(
-                "comfyui_encode", tokens, self._options, names, device=target.type
+                "comfyui_encode", prompt, self._options, names, device=target.type
             )
             if "missing" not in found:
                 return _moved(found, target)  # type: ignore[no-any-return]
@@ -259,6 +261,14 @@ def _patcher(skeleton: Skeleton, device: torch.device) -> SkeletonPatcher:
 
 def _uuid(device: torch.device) -> str:
     return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+
+
+def _compact(tokens: dict[str, Any]) -> dict[str, Any] | str:
+    """As JSON, which is quicker to send than hundreds of small objects; not with embeddings."""
+    try:
+        return json.dumps(tokens)
+    except TypeError:
+        return tokens
 
 
 def _moved(value: Any, device: torch.device) -> Any:

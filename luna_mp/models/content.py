@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from typing import Any
 
 import torch
@@ -19,15 +20,11 @@ def digest(tensor: torch.Tensor) -> str:
 
 
 def fingerprint(value: Any) -> str:
-    """A name for plain data with tensors in it."""
-    return hashlib.sha256(repr(_plain(value)).encode()).hexdigest()
+    """A name for plain data with tensors in it; lists and tuples of the same items are equal."""
+    return hashlib.sha256(json.dumps(value, default=_named).encode()).hexdigest()
 
 
-def _plain(value: Any) -> Any:
+def _named(value: object) -> dict[str, str]:
     if isinstance(value, torch.Tensor):
-        return ("tensor", digest(value))
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_plain(item) for item in value)
-    return value
+        return {"tensor": digest(value)}
+    raise TypeError(f"a {type(value).__name__} has no name for its content")

@@ -98,6 +98,8 @@ class Library(Generic[M]):
         return replace(ModelSpec(**options), paths=tuple(map(self._resolved, paths)))
 
     def _resolved(self, path: str) -> str:
+        if path in self._spec.paths:
+            return path
         try:
             resolved = Path(path).resolve(strict=True)
         except (OSError, ValueError, RuntimeError) as exc:

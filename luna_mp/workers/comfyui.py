@@ -7,6 +7,7 @@ and pictures stay on its side; what comes is what the network itself would be gi
 from __future__ import annotations
 
 import importlib
+import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -144,20 +145,24 @@ class ComfyClipCalls(_ComfyCalls):
     def encode(
         self,
         call: Call,
-        tokens: dict[str, Any],
+        tokens: dict[str, Any] | str,
         options: dict[str, Any],
         patches: tuple[str, str],
         model: Spec,
         version: str,
     ) -> dict[str, Any]:
-        """Conditioning as a dict, or the names of patches that have to be sent first."""
+        """Conditioning as a dict, or the names of patches that have to be sent first.
+
+        `tokens` come as JSON where there are no tensors among them.
+        """
         with self._using(call, model, version) as (_, clip):
             if missing := self._patches.unknown(patches):
                 return {"missing": missing}
             key = (version, fingerprint((tokens, options)), *patches)
             found = self._clip_worker.cache.get(key)
             if found is None:
-                found = clip.encode_tokens(tokens, options, *map(self._named, patches))
+                said = json.loads(tokens) if isinstance(tokens, str) else tokens
+                found = clip.encode_tokens(said, options, *map(self._named, patches))
                 self._clip_worker.cache.put(key, found)
             return found._asdict()
 

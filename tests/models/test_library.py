@@ -82,3 +82,13 @@ def test_a_malformed_wish_is_refused(shelf, wish):
 def test_a_missing_path_is_told(shelf, folder):
     with pytest.raises(BadModel, match="missing.* is not there"):
         shelf.get(wanted(folder / "missing"))
+
+
+def test_the_default_asked_for_by_its_file_is_the_default(folder):
+    path = folder / "default"
+    path.write_text("weights")
+    shelf = library(FakeVae(), default=(str(path),))
+    key, model = shelf.get(wanted(path))
+    assert model is shelf.default
+    assert shelf.get(None) == (key, model)
+    assert shelf.get(wanted(path, dtype="float16"))[0] != key

@@ -93,9 +93,9 @@ class FakeClip(ClipModel):
         return 4
 
 
-def library(model, allowed=(), most=2):
+def library(model, allowed=(), most=2, default=()):
     """A library whose default is `model` and whose others are new ones of its class."""
     models = [model]
     return Library(
-        lambda spec: models.pop() if models else type(model)(), ModelSpec(), allowed, most
+        lambda spec: models.pop() if models else type(model)(), ModelSpec(default), allowed, most
     )
