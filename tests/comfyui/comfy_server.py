@@ -67,7 +67,10 @@ class Server:
 
     def run(self, workflow: dict[str, Any]) -> dict[str, Any]:
         """Its entry in the history, whether it went well or not."""
-        number = self.queue(workflow)
+        return self.finished(self.queue(workflow))
+
+    def finished(self, number: str) -> dict[str, Any]:
+        """The same of one that was queued."""
         return wait_until(lambda: self.get(f"/history/{number}").get(number), RUN_SECONDS)
 
     def forget(self) -> None:

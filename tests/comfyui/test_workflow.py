@@ -90,6 +90,11 @@ def workflow(loader, prompt="a (red:1.2) cat", seed=1, **inputs):
         "probe": ("LunaTestHoldings", {"after": ["decode", 0]}),
         "save": ("SaveImage", {"images": ["decode", 0], "filename_prefix": loader}),
     }
+    return named(nodes)
+
+
+def named(nodes):
+    """In the form that the server takes."""
     return {name: {"class_type": kind, "inputs": ins} for name, (kind, ins) in nodes.items()}
 
 
@@ -138,10 +143,27 @@ def test_every_node_of_the_pack_is_there_with_its_help(server):
                 assert spec[1].get("tooltip"), (name, key)
 
 
-def test_a_killed_service_fails_the_node_clearly_and_the_next_run_works(server, services):
+def decoding(**size):
+    """No sampling, and a decode that takes a while."""
+    return {
+        "load": ("LunaCheckpointLoader", {"ckpt_name": "whole.safetensors", "mode": "service"}),
+        "empty": ("EmptyLatentImage", size),
+        "decode": ("VAEDecode", {"samples": ["empty", 0], "vae": ["load", 2]}),
+        "save": ("SaveImage", {"images": ["decode", 0], "filename_prefix": "decoded"}),
+    }
+
+
+def test_a_service_killed_in_mid_workflow_fails_the_node_clearly_and_the_next_run_works(
+    server, services
+):
     before = services.ready["vae"]["pid"]
-    server.run(workflow("LunaCheckpointLoader", mode="service"))
-    os.kill(before, signal.SIGKILL)
+    with services.connect(gpu=False) as luna:
+        number = server.queue(named(decoding(width=768, height=768, batch_size=8)))
+        wait_until(lambda: luna.status("vae")["queue"]["line"], 240)
+        os.kill(before, signal.SIGKILL)
+    error = server.error(server.finished(number))
+    assert error["node_type"] == "VAEDecode"
+    assert "the vae service was lost during comfyui_network" in error["exception_message"]
     wait_until(lambda: services.ready["vae"].get("pid", before) != before, 120)
     again = server.run(workflow("LunaCheckpointLoader", mode="service", prompt="after", seed=2))
     expected = server.run(workflow("CheckpointLoaderSimple", prompt="after", seed=2))
