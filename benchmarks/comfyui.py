@@ -84,14 +84,15 @@ def _clip(comfy: Any, files: dict[str, Any]) -> dict[str, Any]:
         _pair(lambda p=p: encode(local, p), lambda p=p: encode(remote, p))
         for p in ["warm", "up", *prompts]
     ]
-    again = [
-        _pair(lambda: encode(local, prompts[-1]), lambda: encode(remote, prompts[-1]))
-        for _ in range(PROMPTS)
-    ]
+    again = [_pair(lambda p=p: encode(local, p), lambda p=p: encode(remote, p)) for p in prompts]
+    # which remembers nothing itself
+    other, _ = comfyui.load_clip(service("clip"))
+    others = [_pair(lambda p=p: encode(local, p), lambda p=p: encode(other, p)) for p in prompts]
     return {
         "clip": [
             {"what": "CLIPTextEncode, new prompt", **_summary(pairs[2:])},
             {"what": "CLIPTextEncode, same prompt", **_summary(again)},
+            {"what": "CLIPTextEncode, prompt of another worker", **_summary(others)},
         ]
     }
 

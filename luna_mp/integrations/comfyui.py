@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import comfy.sd
 import torch
@@ -26,16 +26,24 @@ from luna_mp.integrations.comfyui_skeleton import (
     refuse,
 )
 from luna_mp.models import comfy_patches, randomness
+from luna_mp.models.base import Conditioning
+from luna_mp.models.cache import Cache
 from luna_mp.models.comfy_facts import facts
 from luna_mp.models.content import digest, fingerprint
+from luna_mp.wire import layout
 
 __all__ = ("RemoteCLIP", "RemoteVAE", "load_clip", "load_vae")
 
 MAX_NAMES = 64  # patch sets whose names are remembered
+REMEMBERED = 64 << 20  # bytes of conditioning of one model, which a repeated prompt gets at once
 SENDING = 512 << 20  # bytes of patch tensors in one message
 ATTEMPTS = 3  # at one encoding, while the service says that it lacks patches
 #: what a patcher may hold that changes results and cannot be told
 _CODE = ("object_patches", "injections", "weight_wrapper_patches")
+
+#: tokens as ComfyUI's tokenizers give them, or as JSON
+Prompt = dict[str, Any] | str
+T = TypeVar("T")
 
 
 class RemoteVAE(comfy.sd.VAE):  # type: ignore[misc]  # ComfyUI has no types
@@ -106,10 +114,11 @@ class RemoteNetwork(Skeleton):
 class RemoteEncoder:
     """Stands for a CLIP's `cond_stage_model`, with the options and the patcher of one clone."""
 
-    def __init__(self, skeleton: Skeleton, patcher: Any, names: _PatchNames) -> None:
+    def __init__(self, skeleton: Skeleton, patcher: Any, names: _PatchNames, cache: Cache) -> None:
         self._skeleton = skeleton
         self._patcher = patcher
         self._names = names
+        self._cache = cache
         self._options: dict[str, Any] = {}
 
     def __getattr__(self, name: str) -> Any:
@@ -117,7 +126,7 @@ class RemoteEncoder:
 
     def with_patcher(self, patcher: Any) -> RemoteEncoder:
         """The same encoders under other patches."""
-        return RemoteEncoder(self._skeleton, patcher, self._names)
+        return RemoteEncoder(self._skeleton, patcher, self._names, self._cache)
 
     def reset_clip_options(self) -> None:
         self._options = {}
@@ -137,22 +146,34 @@ class RemoteEncoder:
             self._names.name(patcher.patches, patcher.patches_uuid),
             self._names.name(hooked, None),
         )
-        found = self._encode(tokens, names, {names[0]: patcher.patches, names[1]: hooked})
-        cond, pooled, extras = found["cond"], found["pooled"], found["extras"]
+        patches = {names[0]: patcher.patches, names[1]: hooked}
+        cond, pooled, extras = self._remembered(_compact(tokens), names, patches)
         return (cond, pooled, extras) if extras else (cond, pooled)
 
+    def _remembered(
+        self, prompt: Prompt, names: tuple[str, str], patches: dict[str, Any]
+    ) -> Conditioning:
+        """Conditioning of the caller's own; what a prompt gave once it gives again."""
+        key = (prompt, json.dumps(self._options), *names) if isinstance(prompt, str) else None
+        found = self._cache.get(key) if key else None
+        if found is not None:
+            return _mapped(_copied, found)
+        found = self._encode(prompt, names, patches)
+        if key:
+            self._cache.put(key, _mapped(_copied, found))
+        return found
+
     def _encode(
-        self, tokens: dict[str, Any], names: tuple[str, str], patches: dict[str, Any]
-    ) -> dict[str, Any]:
+        self, prompt: Prompt, names: tuple[str, str], patches: dict[str, Any]
+    ) -> Conditioning:
         remote: RemoteModel = self._skeleton.remote
         target = model_management.intermediate_device()
-        prompt = _compact(tokens)
         for _ in range(ATTEMPTS):
             found: dict[str, Any] = remote.call(
                 "comfyui_encode", prompt, self._options, names, device=target.type
             )
             if "missing" not in found:
-                return _moved(found, target)  # type: ignore[no-any-return]
+                return _mapped(lambda tensor: tensor.to(target), Conditioning(**found))
             for name in found["missing"]:
                 self._names.send(patches[name])
         raise RemoteFailure(
@@ -244,7 +265,8 @@ def load_clip(
     clip.patcher = _patcher(skeleton, old.load_device if same else torch.device("cpu"))
     clip.patcher.hook_mode = old.hook_mode
     clip.patcher.is_clip = True
-    clip.cond_stage_model = RemoteEncoder(skeleton, clip.patcher, _PatchNames(service))
+    names, cache = _PatchNames(service), Cache(REMEMBERED)
+    clip.cond_stage_model = RemoteEncoder(skeleton, clip.patcher, names, cache)
     return clip, warnings
 
 
@@ -263,7 +285,7 @@ def _uuid(device: torch.device) -> str:
     return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
 
 
-def _compact(tokens: dict[str, Any]) -> dict[str, Any] | str:
+def _compact(tokens: dict[str, Any]) -> Prompt:
     """As JSON, which is quicker to send than hundreds of small objects; not with embeddings."""
     try:
         return json.dumps(tokens)
@@ -271,11 +293,20 @@ def _compact(tokens: dict[str, Any]) -> dict[str, Any] | str:
         return tokens
 
 
-def _moved(value: Any, device: torch.device) -> Any:
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    """With the same strides, which `clone` does not always keep."""
+    how, run = layout.flatten(tensor)
+    return layout.restore(how, run.clone())
+
+
+def _mapped(function: Callable[[torch.Tensor], torch.Tensor], value: T) -> T:
+    """The same, with what `function` makes of each tensor in it."""
+    made: Any = value
     if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: _moved(item, device) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_moved(item, device) for item in value)
-    return value
+        made = function(value)
+    elif isinstance(value, dict):
+        made = {key: _mapped(function, item) for key, item in value.items()}
+    elif isinstance(value, (list, tuple)):
+        make = getattr(value, "_make", type(value))
+        made = make(_mapped(function, item) for item in value)
+    return made  # type: ignore[no-any-return]

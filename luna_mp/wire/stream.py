@@ -23,7 +23,7 @@ CONNECT_RETRY = 0.01  # seconds; Linux answers EAGAIN while the backlog of a Uni
 # A sleeping thread takes some 50 µs to wake, on virtual machines more; what comes soon is awaited
 # awake. Longer than this nobody spins: a client for its answer, a service for the next request,
 # shorter since it has other threads to run.
-CLIENT_SPIN = 300e-6  # seconds
+CLIENT_SPIN = 1e-3  # seconds; a cached encoding is there by then
 SERVICE_SPIN = 100e-6
 READ_AHEAD = 8192  # bytes; more than a message without tensors has
 MAX_PARTS = 64  # of one system call

@@ -10,9 +10,9 @@ import torch
 from luna_mp.errors import OutOfMemory, Rejected
 from luna_mp.faults import is_out_of_memory
 from luna_mp.models.base import ClipModel, Conditioning
+from luna_mp.models.cache import Cache
 from luna_mp.models.library import Library
 from luna_mp.workers import memory
-from luna_mp.workers.cache import Cache
 from luna_mp.workers.queue import Call
 from luna_mp.workers.worker import Worker
 

@@ -208,6 +208,24 @@ def test_results_are_writable_and_private(comfy, pair):
 
 
 @each("sd1")
+def test_a_repeated_prompt_does_not_go_to_the_service_again(comfy, pair, service):
+    first = encode(comfy, "a prompt of its own")(pair.remote)
+    before = encodings(service)
+    again = encode(comfy, "a prompt of its own")(pair.remote)
+    assert_same_conditioning(again, first)
+    assert encodings(service) == before
+    skipped = comfy.nodes.CLIPSetLastLayer().set_last_layer(pair.remote, -2)[0]
+    encode(comfy, "a prompt of its own")(skipped)
+    assert encodings(service) == before + 1
+
+
+def encodings(service) -> int:
+    """Calls for an encoding that the service has had."""
+    status = service._endpoint.call("status", (), {}, 10.0)
+    return status["queue"]["methods"]["comfyui_encode"]["calls"]
+
+
+@each("sd1")
 def test_a_deep_copy_gives_the_same_bits(comfy, pair):
     held = copy.deepcopy({"clip": pair.remote})["clip"]
     assert_same_conditioning(encode(comfy)(held), encode(comfy)(pair.local))

@@ -161,11 +161,13 @@ def test_the_same_tensors_are_sent_once(pair, encode, load, loras, service):
     assert sent(service) == before + 1
 
 
-def test_a_restarted_service_is_sent_them_again(pair, encode, load, loras, serving):
-    patched = load(pair.remote, (loras[0], 0.9))
-    before = encode(patched)
+def test_a_restarted_service_is_sent_them_again(comfy, pair, encode, load, loras, serving):
+    local, remote = (load(clip, (loras[0], 0.9)) for clip in pair)
+    encode(remote)
     os.kill(serving.ready["clip"]["pid"], signal.SIGKILL)
-    test_clip.assert_same_conditioning(encode(patched), before)
+    # another prompt, since the first one is remembered
+    again = test_clip.encode(comfy, "after the end")
+    test_clip.assert_same_conditioning(again(remote), again(local))
 
 
 @pytest.mark.parametrize("schedule", [False, True])

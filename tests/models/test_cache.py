@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from luna_mp.models.base import Conditioning
-from luna_mp.workers.cache import Cache
+from luna_mp.models.cache import Cache
 
 SIZE = 400  # bytes of one entry
 
