@@ -73,8 +73,7 @@ class RemoteModel:
         self.service = service
         #: paths, type, dtype and source, all of them resolved
         self.spec: dict[str, Any] = described["model"]
-        #: what `luna_mp.models.skeleton.restore` takes, by file
-        self.files: list[dict[str, Any]] = described["files"]
+        self._files: list[dict[str, Any]] = described["files"]
         #: name of the torch dtype that the model computes in
         self.dtype: str = described["dtype"]
         #: UUID of the GPU that it is on, or ""
@@ -87,6 +86,14 @@ class RemoteModel:
 
     def call(self, method: str, *args: Any, device: str = "") -> Any:
         return self.service.call(method, *args, self.spec, self._version, device=device)
+
+    def take_files(self) -> list[dict[str, Any]]:
+        """What `luna_mp.models.skeleton.restore` takes, by file; once.
+
+        A tokenizer among them lies in memory that the service has lent.
+        """
+        files, self._files = self._files, []
+        return files
 
     def warn_of(self, facts: Mapping[str, Any]) -> list[str]:
         """Say in the log, before there is an image, what will show in its bits."""

@@ -67,7 +67,8 @@ class SkeletonPatcher(ModelPatcher):  # type: ignore[misc]  # ComfyUI has no typ
 
 def hollow_clip(remote: RemoteModel, embedding_directory: Any) -> Any:
     """ComfyUI's own `CLIP` with its tokenizer; the encoders are on meta."""
-    states = [skeleton.restore(file) for file in remote.files]
+    files = remote.take_files()
+    states = [skeleton.restore(file) for file in files]
     options = {"initial_device": torch.device("meta")}
     with torch.device("meta"):
         if len(states) == 1 and is_checkpoint(states[0]):
@@ -77,7 +78,7 @@ def hollow_clip(remote: RemoteModel, embedding_directory: Any) -> Any:
                 output_vae=False,
                 embedding_directory=embedding_directory,
                 te_model_options=options,
-                metadata=remote.files[0]["metadata"] or None,
+                metadata=files[0]["metadata"] or None,
             )[1]
         return comfy.sd.load_text_encoder_state_dicts(
             states,
@@ -89,8 +90,9 @@ def hollow_clip(remote: RemoteModel, embedding_directory: Any) -> Any:
 
 def hollow_vae(remote: RemoteModel) -> Any:
     """ComfyUI's own `VAE`; the network is on meta."""
-    state = skeleton.restore(remote.files[0])
-    metadata = remote.files[0]["metadata"] or None
+    [file] = remote.take_files()
+    state = skeleton.restore(file)
+    metadata = file["metadata"] or None
     with _WithoutWeights():
         if is_checkpoint(state):
             vae = comfy.sd.load_state_dict_guess_config(
