@@ -151,7 +151,10 @@ class Service:
 
 
 def _build(config: ServiceConfig) -> Worker[Any]:
-    """The worker with its default model loaded. Raises `BadModel`, `BadConfig`, `OutOfMemory`."""
+    """The worker, with its default model loaded if it has one.
+
+    Raises `BadModel`, `BadConfig`, `OutOfMemory`.
+    """
     from luna_mp.devices import claim
     from luna_mp.models import load_clip, load_vae
 
@@ -160,8 +163,10 @@ def _build(config: ServiceConfig) -> Worker[Any]:
         from luna_mp.models.comfy import import_comfy
 
         import_comfy(config.comfyui, device, config.comfyui_flags)
-    default = ModelSpec(config.models, config.type, config.dtype)
-    options = (default, config.allow, config.max_models)
+    # ComfyUI's loaders name files; nobody wants the demo model beside them.
+    is_bare = config.comfyui and not config.models
+    default = None if is_bare else ModelSpec(config.models, config.type, config.dtype)
+    options = (default, config.allow, config.max_models, device)
     if config.role == "clip":
         clips = Library(lambda spec: load_clip(spec, str(device), config.comfyui), *options)
         return ClipWorker(clips, config.cache_bytes)

@@ -142,7 +142,8 @@ def start(clip_device: str, vae_device: str) -> str:
             serving = serve(
                 clip=clip_device or None,
                 vae=vae_device or None,
-                comfyui=folder_paths.base_path,
+                # not `base_path`, which holds the models and may be elsewhere
+                comfyui=str(Path(comfy.sd.__file__).resolve().parents[1]),
                 comfyui_flags=tuple(_own_flags()),
                 allow=tuple(sorted(folder for folder in folders if Path(folder).is_dir())),
             )

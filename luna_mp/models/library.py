@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import torch
+
 from luna_mp.errors import BadModel
 from luna_mp.models.base import Model, ModelSpec
 
@@ -27,22 +29,26 @@ OPTIONS = ("type", "dtype", "source")
 class Library(Generic[M]):
     """Loads each model once. The default one stays; of the others the least used one goes first.
 
-    Callers hold the service's lock.
+    Callers hold the service's lock. `default` may be None: clients then name what they want.
     """
 
     def __init__(
         self,
         load: Callable[[ModelSpec], M],
-        default: ModelSpec,
+        default: ModelSpec | None,
         allowed: Sequence[str],
         most: int,
+        device: torch.device,
     ) -> None:
+        self.device = device
         self._load = load
         self._allowed = [Path(folder).resolve() for folder in allowed]
         self._most = most
-        self._spec = replace(default, paths=tuple(str(Path(p).resolve()) for p in default.paths))
-        self._default_key = _key(self._spec)
-        self.default = load(default)
+        self._spec = default and replace(
+            default, paths=tuple(str(Path(p).resolve()) for p in default.paths)
+        )
+        self._default_key = _key(self._spec) if self._spec else ()
+        self.default = load(default) if default else None
         self._others: OrderedDict[Key, M] = OrderedDict()
 
     def __repr__(self) -> str:
@@ -54,7 +60,7 @@ class Library(Generic[M]):
         Raises `BadModel` for a path outside the allowed directories, or with no model in it.
         """
         spec = self.spec(wanted)
-        if spec == self._spec:
+        if self.default is not None and spec == self._spec:
             return self._default_key, self.default
         key = _key(spec)
         if key not in self._others:
@@ -68,7 +74,14 @@ class Library(Generic[M]):
 
     def spec(self, wanted: dict[str, Any] | None) -> ModelSpec:
         """What a client means, with paths resolved. Raises `BadModel`."""
-        return self._spec if wanted is None else self._checked(wanted)
+        if wanted is not None:
+            return self._checked(wanted)
+        if self._spec is None:
+            raise BadModel(
+                "this service has no model of its own: name a file, in ComfyUI by a loader, or "
+                "start it with --clip-model or --vae-model"
+            )
+        return self._spec
 
     def unload(self, wanted: dict[str, Any]) -> bool:
         """Let go of a model that a client asked for; False when it was not loaded."""
@@ -80,9 +93,11 @@ class Library(Generic[M]):
 
     def to_data(self) -> list[dict[str, Any]]:
         """For `status`: paths, dtype and bytes of each model."""
-        names = [list(self._spec.paths) or ["demo"]]
-        names += [[entry[0] for entry in key[0]] for key in self._others]
-        models = [self.default, *self._others.values()]
+        names = [[entry[0] for entry in key[0]] for key in self._others]
+        models = list(self._others.values())
+        if self._spec and self.default is not None:
+            names.insert(0, list(self._spec.paths) or ["demo"])
+            models.insert(0, self.default)
         return [
             {"paths": paths, "dtype": str(model.dtype), "bytes": model.weight_bytes()}
             for paths, model in zip(names, models, strict=True)
@@ -98,14 +113,14 @@ class Library(Generic[M]):
         return replace(ModelSpec(**options), paths=tuple(map(self._resolved, paths)))
 
     def _resolved(self, path: str) -> str:
-        if path in self._spec.paths:
+        own = self._spec.paths if self._spec else ()
+        if path in own:
             return path
         try:
             resolved = Path(path).resolve(strict=True)
         except (OSError, ValueError, RuntimeError) as exc:
             raise BadModel(f"{path!r:.300} is not there on the service's machine: {exc}") from exc
-        is_default = str(resolved) in self._spec.paths
-        if not is_default and not any(resolved.is_relative_to(f) for f in self._allowed):
+        if str(resolved) not in own and not any(resolved.is_relative_to(f) for f in self._allowed):
             allowed = ", ".join(map(str, self._allowed)) or "none: start it with --allow DIR"
             raise BadModel(
                 f"{path!r:.300} is outside the directories that this service loads from ({allowed})"

@@ -30,6 +30,8 @@ class VaeWorker(Worker[VaeModel]):
 
     def status(self, call: Call) -> dict[str, Any]:
         model = self.library.default
+        if model is None:
+            return super().status(call)
         shape = {
             "latent_channels": model.latent_channels,
             "image_channels": model.image_channels,

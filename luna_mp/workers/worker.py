@@ -25,7 +25,7 @@ class Worker(Generic[M]):
 
     @property
     def device(self) -> torch.device:
-        return self.library.default.device
+        return self.library.device
 
     def calls(self) -> dict[str, Callable[..., Any]]:
         """The methods that every authenticated client may call."""

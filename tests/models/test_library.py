@@ -7,6 +7,7 @@ import os
 import pytest
 
 from luna_mp.errors import BadModel
+from luna_mp.models import ModelSpec
 from tests.workers.fakes import FakeVae, library
 
 
@@ -87,8 +88,17 @@ def test_a_missing_path_is_told(shelf, folder):
 def test_the_default_asked_for_by_its_file_is_the_default(folder):
     path = folder / "default"
     path.write_text("weights")
-    shelf = library(FakeVae(), default=(str(path),))
+    shelf = library(FakeVae(), default=ModelSpec((str(path),)))
     key, model = shelf.get(wanted(path))
     assert model is shelf.default
     assert shelf.get(None) == (key, model)
     assert shelf.get(wanted(path, dtype="float16"))[0] != key
+
+
+def test_a_library_without_a_default_says_what_to_name(folder):
+    shelf = library(FakeVae(), allowed=(str(folder),), default=None)
+    with pytest.raises(BadModel, match="name a file, .* or start it with --clip-model"):
+        shelf.get(None)
+    _, model = shelf.get(wanted(folder / "a"))
+    assert [entry["paths"] for entry in shelf.to_data()] == [[str(folder / "a")]]
+    assert shelf.get(wanted(folder / "a"))[1] is model

@@ -93,9 +93,12 @@ class FakeClip(ClipModel):
         return 4
 
 
-def library(model, allowed=(), most=2, default=()):
+DEFAULT = ModelSpec()
+
+
+def library(model, allowed=(), most=2, default=DEFAULT):
     """A library whose default is `model` and whose others are new ones of its class."""
     models = [model]
     return Library(
-        lambda spec: models.pop() if models else type(model)(), ModelSpec(default), allowed, most
+        lambda spec: models.pop() if models else type(model)(), default, allowed, most, model.device
     )
