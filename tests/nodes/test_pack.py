@@ -62,6 +62,7 @@ def test_every_node_and_every_input_says_what_it_is(nodes):
 
 def test_loading_the_pack_starts_nothing_and_opens_nothing(pack):
     assert pack["held"]
+    assert pack["started"] == []
 
 
 def test_loading_the_pack_is_quick(pack):
