@@ -20,6 +20,16 @@ def _joined(images):
     return images.reshape(-1, *images.shape[-3:]) if images.ndim == 5 else images
 
 
+def _tiles(unit, size, overlap):
+    """Inputs of which each is its default, minimum, maximum and step."""
+    names = ("default", "min", "max", "step")
+    told = (("tile_size", size, "Edge of a tile"), ("overlap", overlap, "How far tiles overlap"))
+    return [
+        io.Int.Input(id, **dict(zip(names, numbers, strict=True)), tooltip=f"{text}, {unit}.")
+        for id, numbers, text in told
+    ]
+
+
 class VAEDecode(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -74,22 +84,7 @@ class VAEDecodeTiled(io.ComfyNode):
             description="Decodes in overlapping tiles: less memory in the service, other bits.",
             inputs=[
                 io.Latent.Input("samples", tooltip="The latent to decode."),
-                io.Int.Input(
-                    "tile_size",
-                    default=64,
-                    min=8,
-                    max=512,
-                    step=8,
-                    tooltip="Edge of a tile, in elements of the latent.",
-                ),
-                io.Int.Input(
-                    "overlap",
-                    default=16,
-                    min=0,
-                    max=256,
-                    step=4,
-                    tooltip="How far tiles overlap, in elements of the latent.",
-                ),
+                *_tiles("in elements of the latent", (64, 8, 512, 8), (16, 0, 256, 4)),
                 address(what="VAE service"),
             ],
             outputs=[io.Image.Output(tooltip="The decoded image.")],
@@ -113,22 +108,7 @@ class VAEEncodeTiled(io.ComfyNode):
             description="Encodes in overlapping tiles: less memory in the service, other bits.",
             inputs=[
                 io.Image.Input("pixels", tooltip="The image to encode."),
-                io.Int.Input(
-                    "tile_size",
-                    default=512,
-                    min=64,
-                    max=4096,
-                    step=64,
-                    tooltip="Edge of a tile, in pixels.",
-                ),
-                io.Int.Input(
-                    "overlap",
-                    default=64,
-                    min=0,
-                    max=4096,
-                    step=32,
-                    tooltip="How far tiles overlap, in pixels.",
-                ),
+                *_tiles("in pixels", (512, 64, 4096, 64), (64, 0, 4096, 32)),
                 address(what="VAE service"),
             ],
             outputs=[io.Latent.Output(tooltip="The latent.")],
