@@ -22,10 +22,11 @@ ROOT = Path(__file__).resolve().parents[2]
 STUBS = Path(__file__).parent / "stubs"
 #: what Python tells an audit hook of; also of what has ended before anyone could look
 STARTS = (
-    *("_thread.start_new_thread", "_thread.start_joinable_thread"),
     *("socket.bind", "socket.connect", "socket.getaddrinfo"),
     *("subprocess.Popen", "os.exec", "os.fork", "os.posix_spawn", "os.system"),
 )
+#: modules that must be ComfyUI's own, and ours, once the pack is loaded
+FOUND = ("nodes", "luna_mp")
 
 
 def load() -> Any:
@@ -55,10 +56,10 @@ def told(node: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    sys.path.insert(0, str(STUBS))
+    # The pack has to put itself there, after what is ComfyUI's.
+    sys.path[:] = [str(STUBS), *(path for path in sys.path if Path(path).resolve() != ROOT)]
     before = held()
-    started: list[str] = []
-    sys.addaudithook(lambda event, _: started.append(event) if event in STARTS else None)
+    started = watched()
     start = time.perf_counter()
     module = load()
     found = asyncio.run(nodes(module))
@@ -69,11 +70,27 @@ def main() -> None:
                 "seconds": seconds,
                 "held": held() == before,
                 "started": started,
+                "found": {name: importlib.util.find_spec(name).origin for name in FOUND},
                 "web": module.WEB_DIRECTORY,
                 "nodes": [told(node) for node in found],
             }
         )
     )
+
+
+def watched() -> list[str]:
+    """What is started or opened from now on."""
+    started: list[str] = []
+    sys.addaudithook(lambda event, _: started.append(event) if event in STARTS else None)
+    start = threading.Thread.start
+
+    # Of threads not every Python tells a hook.
+    def noted(thread: threading.Thread) -> None:
+        started.append(thread.name)
+        start(thread)
+
+    threading.Thread.start = noted
+    return started
 
 
 def held() -> tuple[Any, ...]:

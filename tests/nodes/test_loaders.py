@@ -61,10 +61,16 @@ def test_mode_auto_says_in_which_service_it_loads(answers):
 
 @pytest.mark.parametrize("running", ["", "clip", "vae", "clip vae"])
 def test_parts_of_a_checkpoint_are_in_the_services_that_there_are(answers, running):
-    model, clip, vae = answers["checkpoints"][running]
-    assert model == "model of k"
+    _, clip, vae = answers["checkpoints"][running]
     assert clip == (f"k in clip at {EMBEDDINGS}" if "clip" in running else "local clip")
     assert vae == ("k in vae at " if "vae" in running else "local vae")
+
+
+@pytest.mark.parametrize("running", ["", "clip", "vae", "clip vae"])
+def test_what_a_service_has_of_a_checkpoint_is_not_loaded_here(answers, running):
+    model, _, _ = answers["checkpoints"][running]
+    parts = f"output_clip={'clip' not in running}, output_vae={'vae' not in running}"
+    assert model == f"model of k, {parts}"
 
 
 @pytest.mark.parametrize("mode", ["auto", "service", "local"])
@@ -105,8 +111,8 @@ def test_the_vae_loader_alone_does_as_comfyuis_own(answers):
 
 
 def test_the_checkpoint_loader_alone_loads_all_parts(answers):
-    parts = ["model of /models/checkpoints/k", "local clip", "local vae"]
-    assert answers["nodes_local"]["checkpoint"] == parts
+    model = "model of /models/checkpoints/k, output_clip=True, output_vae=True"
+    assert answers["nodes_local"]["checkpoint"] == [model, "local clip", "local vae"]
 
 
 @pytest.mark.parametrize(

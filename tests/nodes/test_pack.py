@@ -65,6 +65,11 @@ def test_loading_the_pack_starts_nothing_and_opens_nothing(pack):
     assert pack["started"] == []
 
 
+def test_the_pack_finds_its_library_and_hides_nothing_of_comfyuis(pack):
+    assert pack["found"]["luna_mp"] == str(ROOT / "luna_mp/__init__.py")
+    assert pack["found"]["nodes"] == str(ROOT / "tests/nodes/stubs/nodes.py")
+
+
 def test_loading_the_pack_is_quick(pack):
     fastest = min(pack["seconds"], *(load()["seconds"] for _ in range(4)))
     assert fastest < IMPORT_SECONDS

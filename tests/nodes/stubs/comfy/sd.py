@@ -25,7 +25,7 @@ def load_checkpoint_guess_config(
     path: str, *, output_clip: bool, output_vae: bool, embedding_directory: Any
 ) -> tuple[str, str | None, str | None, None]:
     return (
-        f"model of {path}",
+        f"model of {path}, output_clip={output_clip}, output_vae={output_vae}",
         "local clip" if output_clip else None,
         "local vae" if output_vae else None,
         None,
