@@ -87,13 +87,18 @@ def read(
                 return origin(model, key)
         raise Rejected(f"a patch is malformed: {told!r:.100}")
 
-    return {key: made(entries) for key, entries in recipe}
+    try:
+        return {key: made(entries) for key, entries in recipe}
+    except (KeyError, TypeError, ValueError) as exc:
+        raise Rejected(f"a patch is malformed: {exc!r:.100}") from exc
 
 
 def digests(recipe: Recipe) -> set[str]:
     """Names of all tensors that the recipe needs."""
-    if len(recipe) == 2 and recipe[0] == "tensor":
-        return {recipe[1]}
+    match recipe:
+        # A weight, too, may be called "tensor"; what is beside its name is a tuple.
+        case ("tensor", str(digest)):
+            return {digest}
     return {name for part in recipe if isinstance(part, tuple) for name in digests(part)}
 
 

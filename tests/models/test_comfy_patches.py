@@ -66,6 +66,10 @@ def test_one_tensor_in_two_places_is_sent_once():
     assert len(tensors) == 1
 
 
+def test_tensors_are_found_whatever_a_weight_is_called():
+    crossed({"tensor": [(1.0, ("diff", (WEIGHT,)), 1.0)], "value": [(1.0, {"tensor": WEIGHT})]})
+
+
 def test_a_weight_of_the_services_own_is_named():
     weight = torch.empty(2, device="meta")
     setattr(weight, comfy_patches.ORIGIN, ("here", {"paths": ["x"]}, "some.key"))
@@ -90,7 +94,12 @@ def test_what_is_no_data_is_refused(value):
 
 @pytest.mark.parametrize(
     "told",
-    [("weights", 1), ("tensor", 1), ("adapter", "Base", (), ("value", None)), "text", ()],
+    [
+        *(("weights", 1), "text", (), None),
+        *(("tensor", 1), ("tensor", "never sent"), ("origin", {}, 1)),
+        *(("tuple", 1), ("list", None), ("list", ("text",)), ("dict", 5), ("dict", (1, 2))),
+        *(("adapter", "Base", (), ("value", None)), ("adapter", "LoRAAdapter", 1, ("value", None))),
+    ],
 )
 def test_what_was_not_written_by_us_is_refused(told):
     with pytest.raises(Rejected):
