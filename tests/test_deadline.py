@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
 from luna_mp.deadline import CHECK_SECONDS, Deadline
 from luna_mp.errors import TimedOut
+from tests.helpers import KEY, endpoint, served, wait_until
 
 
 class Unwanted(Exception):
@@ -43,3 +46,34 @@ def test_a_wait_that_is_not_wanted_any_more_ends():
 def test_time_comes_before_the_question():
     with pytest.raises(TimedOut):
         Deadline(0.0, "waiting", refuse).pause()
+
+
+def test_a_call_that_is_not_wanted_any_more_ends_on_both_sides(tmp_path):
+    began, gone = threading.Event(), threading.Event()
+
+    def work(call):
+        began.set()
+        wait_until(call.is_abandoned)
+        gone.set()
+
+    def check():
+        if began.is_set():
+            raise Unwanted
+
+    with served({"work": work}, str(tmp_path / "s"), KEY) as server, endpoint(server) as client:
+        with pytest.raises(Unwanted):
+            client.call("work", (), {}, 100.0, check=check)
+        assert gone.wait(10.0)
+
+
+def test_a_connection_is_well_after_a_call_that_was_not_wanted(tmp_path):
+    began = threading.Event()
+
+    def work(call, wait):
+        began.set()
+        return wait and wait_until(call.is_abandoned)
+
+    with served({"work": work}, str(tmp_path / "s"), KEY) as server, endpoint(server) as client:
+        with pytest.raises(Unwanted):
+            client.call("work", (True,), {}, 100.0, check=lambda: began.is_set() and refuse())
+        assert client.call("work", (False,), {}, 100.0) is False

@@ -39,6 +39,14 @@ def test_it_never_holds_more_than_its_bound():
     assert cache.to_data()["entries"] == 3
 
 
+def test_the_same_prompt_counts_once():
+    cache, value = Cache(2 * SIZE), entry()
+    for each in (value, entry()):
+        cache.put(("a",), each)
+    assert cache.get(("a",)) is value
+    assert cache.to_data()["bytes"] == SIZE
+
+
 def test_what_is_larger_than_all_of_it_is_not_kept():
     cache = Cache(SIZE - 1)
     cache.put(("a",), entry())

@@ -37,14 +37,39 @@ def test_tensors_without_elements_have_names():
     assert digest(torch.empty(0)) != digest(torch.empty(0, 2))
 
 
+def test_a_scalar_is_not_a_list_of_one():
+    assert digest(torch.tensor(1.0)) != digest(torch.tensor([1.0]))
+
+
+def test_what_is_no_number_has_a_name():
+    nan = torch.tensor([float("nan"), 1.0])
+    assert digest(nan) == digest(nan.clone())
+    assert digest(nan) != digest(nan.flip(0))
+
+
+def test_zeros_of_either_sign_have_other_bits_and_another_name():
+    assert digest(torch.tensor([0.0])) != digest(torch.tensor([-0.0]))
+
+
+def test_a_weight_that_is_trained_has_its_contents_name():
+    assert digest(torch.nn.Parameter(BASE)) == digest(BASE)
+
+
 def test_a_name_of_data_goes_by_its_tensors_values():
     assert fingerprint({"a": [1, BASE]}) == fingerprint({"a": [1, BASE.clone()]})
     assert fingerprint({"a": [1, BASE]}) != fingerprint({"a": [1, BASE + 1]})
 
 
+def test_lists_and_tuples_of_the_same_items_have_one_name():
+    assert fingerprint(([1, BASE], "a")) == fingerprint([(1, BASE), "a"])
+
+
 @pytest.mark.parametrize(
     ("one", "other"),
     [
+        (float("nan"), None),
+        (float("inf"), float("-inf")),
+        (BASE, digest(BASE)),
         (1, 1.0),
         (1, True),
         (1, "1"),

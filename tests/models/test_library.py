@@ -95,6 +95,42 @@ def test_the_default_asked_for_by_its_file_is_the_default(folder):
     assert shelf.get(wanted(path, dtype="float16"))[0] != key
 
 
+@pytest.mark.parametrize("options", [{"type": "flux"}, {"dtype": "float16"}, {"source": "x"}])
+def test_the_default_is_asked_for_by_its_options_too(folder, options):
+    spec = ModelSpec((str(folder / "a"),), **options)
+    shelf = library(FakeVae(), allowed=(str(folder),), default=spec)
+    assert shelf.get(wanted(folder / "a", **options))[1] is shelf.default
+    assert shelf.get(wanted(folder / "a"))[1] is not shelf.default
+
+
+def test_the_default_is_found_by_any_of_its_paths(folder, tmp_path):
+    os.symlink(folder / "a", tmp_path / "link")
+    shelf = library(FakeVae(), default=ModelSpec((str(tmp_path / "link"),)))
+    for path in (folder / "a", folder / ".." / folder.name / "a", tmp_path / "link"):
+        assert shelf.get(wanted(path))[1] is shelf.default
+
+
+def test_a_default_whose_file_changed_is_used_as_it_was_loaded(folder):
+    shelf = library(FakeVae(), default=ModelSpec((str(folder / "a"),)))
+    before = shelf.get(None)
+    (folder / "a").write_text("changed")
+    assert shelf.get(None) == shelf.get(wanted(folder / "a")) == before
+
+
+def test_a_default_whose_file_has_gone_is_still_served(folder):
+    shelf = library(FakeVae(), default=ModelSpec((str(folder / "a"),)))
+    (folder / "a").unlink()
+    assert shelf.get(wanted(folder / "a"))[1] is shelf.default
+
+
+def test_a_default_whose_file_changed_has_another_key_in_the_next_service(folder):
+    spec = ModelSpec((str(folder / "a"),))
+    key, _ = library(FakeVae(), default=spec).get(None)
+    assert library(FakeVae(), default=spec).get(None)[0] == key
+    (folder / "a").write_text("changed")
+    assert library(FakeVae(), default=spec).get(None)[0] != key
+
+
 def test_a_library_without_a_default_says_what_to_name(folder):
     shelf = library(FakeVae(), allowed=(str(folder),), default=None)
     with pytest.raises(BadModel, match="name a file, .* or start it with --clip-model"):

@@ -24,6 +24,13 @@ def test_drawing_moves_the_state():
     assert not torch.equal(randomness.capture(CPU)["cpu"], before["cpu"])
 
 
+def test_a_state_that_was_captured_stays_as_it_was():
+    state = randomness.capture(CPU)
+    before = state["cpu"].clone()
+    torch.randn(1)
+    assert torch.equal(state["cpu"], before)
+
+
 def test_a_gpus_state_says_nothing_to_a_cpu():
     state = {**randomness.capture(CPU), "cuda": torch.zeros(16, dtype=torch.uint8)}
     randomness.install(state, CPU)
