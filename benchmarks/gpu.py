@@ -1,8 +1,7 @@
 """What a GPU must show: `python -m benchmarks.gpu OUTPUT_FOLDER` writes gpu.json and gpu.md.
 
-The service is a real server with a real VaeWorker over diffusers' AutoencoderKL at SDXL's
-configuration, in a process of its own; beside the worker's calls it answers some that only
-measure. Variants of one measurement take turns in one run. Figures are medians.
+The service, in a process of its own, has diffusers' AutoencoderKL at SDXL's configuration. Variants
+of one measurement take turns in one run. Figures are medians.
 """
 
 from __future__ import annotations
@@ -10,11 +9,11 @@ from __future__ import annotations
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,156 +22,136 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu_service import KEY, say
 from luna_mp.client import Luna, connect
-from luna_mp.config import ServiceConfig
-from luna_mp.manager import LocalManager
-from luna_mp.models import ModelSpec, load_vae
-from luna_mp.models.library import Library
-from luna_mp.sessions import Sessions
-from luna_mp.wire.cuda import Exporter
-from luna_mp.workers.vae import VaeWorker
 from tests.gpu.models import sdxl_vae
 
-KEY = bytes(32)
 EDGES = (32, 64, 128, 256)  # of latents; an eighth of the image's
 CROSSINGS = {
     "1024² image, 12.6 MB": (1, 1024, 1024, 3),
     "2048² image, 50 MB": (1, 2048, 2048, 3),
     "81 frames 1280×720, 896 MB": (81, 720, 1280, 3),
 }
-ROUNDS = {32: 60, 64: 40, 128: 20, 256: 8}
-CROSSING_ROUNDS = 60
+INPUTS = {
+    "128² latent, 256 kB": (1, 4, 128, 128),
+    "1024² image, 12.6 MB": (1, 1024, 1024, 3),
+    "2048² image, 50 MB": (1, 2048, 2048, 3),
+}
+ROUNDS = {32: 100, 64: 60, 128: 30, 256: 12}
+CROSSING_ROUNDS = 100
+WARM_UP = 4  # rounds
 CLIENTS = 8
 CLIENT_EDGE = 192
 CLIENT_CALLS = 6
 
 Way = Callable[[], Any]
-
-
-class _Measured:
-    """The service's process: the worker's own calls, and what only measures."""
-
-    def __init__(self, folder: str, path: str) -> None:
-        device = torch.device("cuda", 0)
-        torch.cuda.set_device(device)
-        spec = ModelSpec((folder,), dtype="float16")
-        library = Library(lambda wanted: load_vae(wanted, str(device)), spec, (), 1)
-        self.worker = VaeWorker(library)
-        self.vae = library.default
-        self.made: dict[tuple[int, ...], torch.Tensor] = {}
-        share = torch.cuda.get_device_properties(device).total_memory // 4
-        exporter = Exporter(device, share)
-        exposed = {
-            **self.worker.calls(),
-            "floor": self.floor,
-            "in_process": self.in_process,
-            "make": self.make,
-            "peak": self.peak,
-            "throughput": self.throughput,
-        }
-        self.server = LocalManager(
-            "vae", exposed, path, KEY, Sessions(), ServiceConfig.max_message, exporter
-        ).get_server()
-
-    def floor(self, call: Any, latent: torch.Tensor) -> None:
-        """A decode that returns nothing."""
-        self.worker.decode(call, latent)
-        torch.cuda.synchronize()
-        call.after = None
-
-    def in_process(self, call: Any, latent: torch.Tensor, to_host: bool) -> float:
-        """Milliseconds of a decode here, with the copy to pinned memory or without."""
-        with torch.inference_mode():
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            image = self.vae.decode(latent)
-            if to_host:
-                key = (-1, *image.shape)
-                if key not in self.made:
-                    self.made[key] = torch.empty_like(image, device="cpu").pin_memory()
-                self.made[key].copy_(image, non_blocking=True)
-            torch.cuda.synchronize()
-            return 1e3 * (time.perf_counter() - start)
-
-    def make(self, call: Any, *shape: int) -> torch.Tensor:
-        """A tensor on the GPU: what it takes to make one is not the question."""
-        if shape not in self.made:
-            self.made[shape] = torch.rand(shape, device="cuda")
-        return self.made[shape]
-
-    def peak(self, call: Any) -> int:
-        """Bytes that were taken at most since the last time this was asked."""
-        peak = torch.cuda.max_memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        return peak
-
-    def throughput(self, call: Any, latent: torch.Tensor, times: int) -> float:
-        """Milliseconds for each of several decodes back to back."""
-        with torch.inference_mode():
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(times):
-                self.vae.decode(latent)
-            torch.cuda.synchronize()
-            return 1e3 * (time.perf_counter() - start) / times
+Table = dict[str, dict[str, float]]
+Span = tuple[float, float]
 
 
 def _latent(edge: int) -> torch.Tensor:
     return torch.randn(1, 4, edge, edge, generator=torch.Generator().manual_seed(edge))
 
 
-def _medians(ways: dict[str, Way], rounds: int) -> dict[str, float]:
-    """Milliseconds until the result is there; a way may also say its milliseconds itself."""
+def _rounds(ways: dict[str, Way], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds until the result is there; a way may also say its milliseconds itself.
+
+    In each round the ways come in another order: what one leaves behind meets each of the others.
+    """
     times: dict[str, list[float]] = {way: [] for way in ways}
-    for number in range(rounds + 2):
-        for way, run in ways.items():
+    order = random.Random(rounds)
+    for number in range(rounds + WARM_UP):
+        for way in order.sample(list(ways), len(ways)):
             start = time.perf_counter()
-            said = run()
+            said = ways[way]()
             torch.cuda.synchronize()
             taken = said if isinstance(said, float) else 1e3 * (time.perf_counter() - start)
-            if number >= 2:
+            # To let go of a tensor of the service takes time of its own, which is not counted.
+            del said
+            if number >= WARM_UP:
                 times[way].append(taken)
+    return times
+
+
+def _medians(times: dict[str, list[float]]) -> dict[str, float]:
     return {way: round(statistics.median(taken), 3) for way, taken in times.items()}
 
 
-def _decodes(luna: Luna) -> dict[str, dict[str, float]]:
+def _decodes(luna: Luna) -> tuple[Table, Table]:
+    """Of each size, by way; and the parts of the floor."""
     ask = luna._endpoint("vae").call
-    found = {}
+    found, parts = {}, {}
     for edge in EDGES:
         latent = _latent(edge)
-        found[f"{8 * edge}²"] = _medians(
-            {
-                "in process": lambda x=latent: ask("in_process", (x, False), {}, 60.0),
-                "floor": lambda x=latent: ask("floor", (x,), {}, 60.0),
-                "cuda": lambda x=latent: luna.vae.decode(x),
-                "in process to CPU": lambda x=latent: ask("in_process", (x, True), {}, 60.0),
-                "cpu": lambda x=latent: luna.vae.decode(x, device="cpu"),
-            },
-            ROUNDS[edge],
-        )
-    return found
+        asked: list[Span] = []
+
+        def floor(x: torch.Tensor = latent, asked: list[Span] = asked) -> None:
+            start = time.perf_counter()
+            ask("floor", (x,), {}, 60.0)
+            asked.append((start, time.perf_counter()))
+
+        ways: dict[str, Way] = {
+            "in process": lambda x=latent: ask("in_process", (x, False), {}, 60.0),
+            "floor": floor,
+            "cuda": lambda x=latent: luna.vae.decode(x),
+            "in process to CPU": lambda x=latent: ask("in_process", (x, True), {}, 60.0),
+            "cpu": lambda x=latent: luna.vae.decode(x, device="cpu"),
+        }
+        times = _rounds(ways, ROUNDS[edge])
+        name = f"{8 * edge}²"
+        found[name] = _medians(times)
+        served = zip(asked, ask("parts", (), {}, 10.0), strict=True)
+        parts[name] = _medians(_parts(list(served)[WARM_UP:]))
+    return found, parts
 
 
-def _crossings(luna: Luna) -> dict[str, dict[str, float]]:
-    """`returned`: the call is back with its tensor; `ready`: the GPU is done with it too."""
+def _parts(floors: list[tuple[Span, Span]]) -> dict[str, list[float]]:
+    """Milliseconds before the service had the request, in it, and after it was done."""
+    return {
+        "request": [1e3 * (begun - start) for (start, _), (begun, _) in floors],
+        "turn and decode": [1e3 * (done - begun) for _, (begun, done) in floors],
+        "reply": [1e3 * (end - done) for (_, end), (_, done) in floors],
+    }
+
+
+def _crossings(luna: Luna) -> Table:
+    """`returned`: the call is back with its tensor; `ready`: this GPU's stream is idle, too."""
     ask = luna._endpoint("vae").call
     found = {}
     for name, shape in CROSSINGS.items():
         returned: list[float] = []
 
-        def call(shape: tuple[int, ...] = shape, returned: list[float] = returned) -> Any:
+        def empty(shape: tuple[int, ...] = shape, returned: list[float] = returned) -> Any:
             start = time.perf_counter()
-            tensor = ask("make", shape, {}, 60.0)
+            tensor = ask("empty", shape, {}, 60.0)
             returned.append(1e3 * (time.perf_counter() - start))
             return tensor
 
+        ready = _medians(_rounds({"ready": empty}, CROSSING_ROUNDS))
+        copied = _rounds({"copied": lambda s=shape: ask("resident", s, {}, 60.0)}, CROSSING_ROUNDS)
+        to_host = _rounds({"to CPU": lambda s=shape: ask("empty", s, {}, 60.0, "cpu")}, 8)
+        now = {"returned": round(statistics.median(returned[WARM_UP:]), 3)}
+        found[name] = {**now, **ready, **_medians(copied), **_medians(to_host)}
+    return found
+
+
+def _inputs(luna: Luna) -> Table:
+    """Arguments: the client's own tensors, and one of the service's that they are copied to."""
+    ask = luna._endpoint("vae").call
+    found = {}
+    for name, shape in INPUTS.items():
+        there, here = torch.rand(shape, device="cuda"), torch.rand(shape)
+
+        def lent(there: torch.Tensor = there) -> None:
+            buffer = ask("empty", tuple(there.shape), {}, 60.0)
+            ask("take", (buffer.copy_(there),), {}, 60.0)
+
         ways: dict[str, Way] = {
-            "ready": call,
-            "to CPU": lambda s=shape: ask("make", s, {}, 60.0, "cpu"),
+            "of the CPU": lambda x=here: ask("take", (x,), {}, 60.0),
+            "of the GPU": lambda x=there: ask("take", (x,), {}, 60.0),
+            "of the GPU, into a lent buffer": lent,
         }
-        found[name] = _medians({"ready": ways["ready"]}, CROSSING_ROUNDS)
-        found[name]["returned"] = round(statistics.median(returned[2:]), 3)
-        found[name] |= _medians({"to CPU": ways["to CPU"]}, 8)
+        found[name] = _medians(_rounds(ways, 20))
     return found
 
 
@@ -188,9 +167,7 @@ def _together(path: str, luna: Luna) -> dict[str, float]:
     ask("throughput", (latent, 2), {}, 120.0)
     one = ask("peak", (), {}, 10.0)
     with ExitStack() as stack:
-        clients = [
-            stack.enter_context(_process("client", path, piped=True)) for _ in range(CLIENTS)
-        ]
+        clients = [stack.enter_context(_process("gpu", "client", path)) for _ in range(CLIENTS)]
         for client in clients:
             client.stdout.readline()
         ask("peak", (), {}, 10.0)
@@ -219,13 +196,13 @@ def _client(path: str) -> None:
         latent = _latent(CLIENT_EDGE)
         luna.vae.decode(latent)
         torch.cuda.synchronize()
-        _say("ready")
+        say("ready")
         sys.stdin.readline()
         for _ in range(CLIENT_CALLS):
             image = luna.vae.decode(latent)
             torch.cuda.synchronize()
             del image
-        _say("done")
+        say("done")
 
 
 def _limits(found: dict[str, Any]) -> dict[str, bool]:
@@ -246,16 +223,11 @@ def _limits(found: dict[str, Any]) -> dict[str, bool]:
     }
 
 
-def _say(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
-
-
 @contextmanager
-def _process(*arguments: str, piped: bool = False) -> Iterator[Any]:
+def _process(module: str, *arguments: str) -> Iterator[Any]:
     env = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "backend:native"}
     with subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.gpu", *arguments],
+        [sys.executable, "-m", f"benchmarks.{module}", *arguments],
         env=env,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -270,13 +242,16 @@ def _process(*arguments: str, piped: bool = False) -> Iterator[Any]:
 def _measure(folder: Path) -> dict[str, Any]:
     path = str(folder / "sock")
     model = sdxl_vae(folder)
-    with _process("serve", path, str(model)) as service:
+    with _process("gpu_service", path, str(model)) as service:
         assert service.stdout.readline(), "the service did not start"
         with connect(vae=path, authkey=KEY) as luna:
             assert luna.carriers == {"vae": "cuda"}, luna.reasons
+            decode, parts = _decodes(luna)
             found: dict[str, Any] = {
-                "decode": _decodes(luna),
+                "decode": decode,
+                "floor": parts,
                 "crossing": _crossings(luna),
+                "input": _inputs(luna),
                 "eight clients": _together(path, luna),
             }
     found["limits"] = _limits(found)
@@ -301,7 +276,7 @@ def _where() -> dict[str, str]:
 
 def _markdown(report: dict[str, Any]) -> str:
     lines = [", ".join(f"{name} {value}" for name, value in report["where"].items()), ""]
-    for title in ("decode", "crossing"):
+    for title in ("decode", "floor", "crossing", "input"):
         table = report[title]
         columns = list(next(iter(table.values())))
         lines += [f"| {title}, ms | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
@@ -323,20 +298,12 @@ def main(output: Path) -> int:
     output.mkdir(parents=True, exist_ok=True)
     (output / "gpu.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     (output / "gpu.md").write_text(_markdown(report))
-    _say(_markdown(report))
+    say(_markdown(report))
     return 0 if all(report["limits"].values()) else 1
-
-
-def _serve(path: str, folder: str) -> None:
-    server = _Measured(folder, path).server
-    threading.Timer(0.0, lambda: _say("ready")).start()
-    server.serve_forever()
 
 
 if __name__ == "__main__":
     match sys.argv[1:]:
-        case ["serve", path, folder]:
-            _serve(path, folder)
         case ["client", path]:
             _client(path)
         case [output]:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from contextlib import AbstractContextManager, ExitStack
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from luna_mp.deadline import Deadline
 from luna_mp.errors import Broken, LunaError, Rejected, RemoteFailure, TimedOut
 from luna_mp.faults import is_gpu_fault
 from luna_mp.sessions import Session, Sessions
 from luna_mp.wire.carrier import Fence
-from luna_mp.wire.channel import Channel
+from luna_mp.wire.channel import Channel, Packed
 from luna_mp.wire.probe import Answerer
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ("Call", "Calls", "Exposed", "OnFault")
 
@@ -20,6 +24,7 @@ IDLE_SECONDS = 3600.0  # a client that needs a connection again opens one in a m
 SEND_SECONDS = 60.0  # for a client to take its reply
 REFUSAL_SECONDS = 5.0
 MAX_CALL_SECONDS = 24 * 3600.0
+WORK_SECONDS = 5e-3  # between two looks at whether the GPU is done, after the reply has left
 
 Exposed = Mapping[str, Callable[..., Any]]
 #: told, before the client is, of an error that leaves the process without its GPU
@@ -27,7 +32,10 @@ OnFault = Callable[[BaseException], None]
 
 
 class Call:
-    """One request under way, as the worker sees it."""
+    """One request under way, as the worker sees it: a context that ends when the reply is packed.
+
+    On a GPU the work may run on by then; it is queued, and the next in line may queue theirs.
+    """
 
     def __init__(
         self,
@@ -44,6 +52,13 @@ class Call:
         #: the event behind the work that the worker queued, where that is on a GPU
         self.after: Fence | None = None
         self.deadline = Deadline(seconds, f"{method} for client {self.client[:8]}")
+        self._held = ExitStack()
+
+    def __enter__(self) -> Call:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._held.__exit__(*error)
 
     def __repr__(self) -> str:
         return f"<Call {self.method} of {self.client[:8]}>"
@@ -51,6 +66,14 @@ class Call:
     def wait_for_room(self) -> None:
         """Return once the client may be given more memory of the GPU. Raises `OutOfMemory`."""
         self._answerer.wait_for_room(self.deadline)
+
+    def hold(self, context: AbstractContextManager[Any]) -> None:
+        """Enter it now, and leave it once the reply is packed."""
+        self._held.enter_context(context)
+
+    def place(self, step: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Run the last step of the result where the client may share its memory."""
+        return self._answerer.place(step)
 
     def is_abandoned(self) -> bool:
         """True once nobody waits for the result: the client has gone, or has given up."""
@@ -108,35 +131,45 @@ class Calls:
             self._give_up(exc)
 
     def _answer(self, request: dict[str, Any]) -> None:
-        call = None
+        after = None
         try:
             if "method" in request:
                 call = self._call(request)
-                arguments, keywords = request["args"], request["kwargs"]
-                reply = {"result": self._exposed[call.method](call, *arguments, **keywords)}
+                try:
+                    packed = self._run(call, request["args"], request["kwargs"])
+                finally:
+                    after = call.after
             else:
-                reply = self._agree(request)
+                packed = self._agree(request)
         except Exception as exc:  # the one boundary: what a worker raises becomes data
             if is_gpu_fault(exc):
                 raise
-            reply = _failure(exc)
+            packed = self._channel.pack(_failure(exc))
         # On a GPU the inputs are read until the work is done, which the reply does not wait for.
-        self._channel.settle(call.after if call else None)
+        self._channel.settle(after)
         if "method" in request:
-            self._sessions.count(self._session, failed="error" in reply)
-        deadline = Deadline(SEND_SECONDS, f"{self._channel.stream.peer} taking its reply")
-        try:
-            self._channel.send(
-                reply,
-                deadline,
-                after=call.after if call else None,
-                to_host=request.get("device") == "cpu",
-            )
-        except (Rejected, RuntimeError) as exc:
-            # A carrier that cannot pack has sent nothing yet.
-            if is_gpu_fault(exc):
-                raise
-            self._channel.send(_failure(exc), deadline)
+            self._sessions.count(self._session, failed="error" in packed.message)
+        self._channel.send_packed(
+            packed, Deadline(SEND_SECONDS, f"{self._channel.stream.peer} taking its reply")
+        )
+        self._see_to_the_end(after)
+
+    def _run(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Packed:
+        with call:
+            result = self._exposed[call.method](call, *args, **kwargs)
+            packed = self._channel.pack({"result": result})
+        packed.complete()
+        return packed
+
+    def _see_to_the_end(self, after: Fence | None) -> None:
+        """Return when the GPU is done, or the client wants something else.
+
+        Until then the call counts as under way; and a fault of its work shows here, since its
+        client, which waits for the same event, would never see one.
+        """
+        while after is not None and not after.query():
+            if self._channel.stream.is_readable(WORK_SECONDS):
+                return
 
     def _give_up(self, fault: BaseException) -> NoReturn:
         """Tell the service, then the client, that this process can use its GPU no more."""
@@ -149,11 +182,13 @@ class Calls:
         self._channel.send(_failure(lost), Deadline(REFUSAL_SECONDS, "the last reply"))
         raise lost
 
-    def _agree(self, request: dict[str, Any]) -> dict[str, Any]:
-        reply = self._answerer.answer(request)
+    def _agree(self, request: dict[str, Any]) -> Packed:
+        with self._answerer.beside():
+            packed = self._channel.pack(self._answerer.answer(request))
+            packed.complete()
         if "use" in request:
             self._sessions.agree(self._session, self._channel.carrier, request["reason"])
-        return reply
+        return packed
 
     def _call(self, request: dict[str, Any]) -> Call:
         match request:

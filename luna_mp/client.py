@@ -149,9 +149,9 @@ def open_endpoint(
 
 
 def _importer() -> Importer:
-    from luna_mp.wire import cuda
+    from luna_mp.wire.cuda_client import Importer as CudaImporter
 
-    return cuda.Importer()
+    return CudaImporter()
 
 
 def _locator(role: Role, address: str | None, directory: Path) -> Callable[[], Address]:

@@ -44,7 +44,7 @@ class Endpoint:
         key: bytes,
         importer: probe.Importer | None = None,
     ) -> None:
-        """`importer`: the process's `wire.cuda.Importer`, where it has a GPU and may use it."""
+        """`importer`: a `cuda_client.Importer`, where this process has a GPU and may use it."""
         self.role = role
         self.carrier = ""
         self.reason = ""
@@ -85,16 +85,17 @@ class Endpoint:
         deadline = Deadline(seconds, f"{self.role}.{method}", check)
         while not self._slots.acquire(timeout=deadline.pause()):
             continue
-        request = {"method": method, "args": args, "kwargs": kwargs, "device": device}
+        request = {"method": method, "args": args, "kwargs": kwargs}
+        to_host = device == "cpu"
         try:
-            reply = self._exchange(request, deadline)
+            reply = self._exchange(request, deadline, to_host)
         except stream.NeverRead:
             # The service was ending as the call came in; the call waits for its successor.
-            reply = self._exchange(request, deadline)
+            reply = self._exchange(request, deadline, to_host)
         except CarrierFailed as exc:
             logger.warning("%s: %s; tensors go by shared memory from now on", self.role, exc)
             self._avoid(str(exc))
-            reply = self._exchange(request, deadline)
+            reply = self._exchange(request, deadline, to_host)
         finally:
             self._slots.release()
         if "error" in reply:
@@ -132,7 +133,9 @@ class Endpoint:
         for channel in idle:
             channel.close()
 
-    def _exchange(self, request: dict[str, Any], deadline: Deadline) -> dict[str, Any]:
+    def _exchange(
+        self, request: dict[str, Any], deadline: Deadline, to_host: bool
+    ) -> dict[str, Any]:
         channel = self._take(deadline)
         request["timeout"] = deadline.remaining()
         try:
@@ -144,7 +147,7 @@ class Endpoint:
             channel.close()
             raise
         try:
-            reply = channel.recv(deadline)
+            reply = channel.recv(deadline, to_host)
         except (CarrierFailed, stream.NeverRead):
             channel.close()
             raise

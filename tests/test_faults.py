@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from luna_mp.workers.vae import VaeWorker
 from tests.helpers import endpoint, served, wait_until
 from tests.test_supervisor import running
 from tests.wire.pair import LIMIT, channels, soon
-from tests.workers.fakes import GPU_FAULT, FakeCall, FakeVaeOnBrokenGpu, library
+from tests.workers.fakes import GPU_FAULT, FakeVaeOnBrokenGpu, called, library
 
 BIG = 40_000  # elements; more than what is sent inline for being small
 INFINITE = torch.full((1, 4, 8, 8), float("inf"))
@@ -78,7 +79,7 @@ def test_what_leaves_the_gpu_as_it_was_is_no_fault(error):
 def test_the_worker_lets_a_fault_through_and_does_not_try_tiles():
     vae = FakeVaeOnBrokenGpu()
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        VaeWorker(library(vae)).decode(FakeCall(), INFINITE)
+        called(VaeWorker(library(vae)).decode, INFINITE)
     assert vae.asked == []
 
 
@@ -113,6 +114,7 @@ class FaultyBook:
 
 class FaultyExporter:
     book = FaultyBook()
+    beside = nullcontext
 
 
 def waits_for_room(call):
@@ -127,7 +129,7 @@ EXPOSED = {"echo": lambda call, tensor: tensor, "waits_for_room": waits_for_room
 
 
 def request(method, *args):
-    return {"method": method, "args": args, "kwargs": {}, "timeout": 10.0, "device": ""}
+    return {"method": method, "args": args, "kwargs": {}, "timeout": 10.0}
 
 
 @pytest.mark.parametrize(
@@ -159,6 +161,61 @@ def test_a_fault_is_noted_wherever_it_shows_before_the_client_is_told(message, p
     assert [str(fault) for fault in noted] == [GPU_FAULT]
     assert "lost its GPU" in reply["error"]
     assert "illegal memory access" in reply["traceback"]
+
+
+class Work:
+    """Queued on a GPU; it fails, or is done, once it is looked at after `may_end`."""
+
+    def __init__(self, error=None):
+        self.looks = 0
+        self.may_end = threading.Event()
+        self._error = error
+
+    def query(self):
+        self.looks += 1
+        if self.may_end.is_set() and self._error:
+            raise self._error
+        return self.may_end.is_set()
+
+
+def replies_early(work):
+    def method(call):
+        call.after = work
+        return "queued"
+
+    return {"method": method}
+
+
+def test_a_fault_of_work_that_the_reply_did_not_wait_for_is_noted(tmp_path):
+    noted = []
+    work = Work(RuntimeError(GPU_FAULT))
+    exposed = replies_early(work)
+    with served(exposed, str(tmp_path / "sock"), on_fault=noted.append) as server:
+        with endpoint(server) as client:
+            assert client.call("method", (), {}, 10.0) == "queued"
+            work.may_end.set()
+            wait_until(lambda: noted)
+            wait_until(lambda: "0 connections" in repr(server))
+
+
+def test_a_call_is_under_way_until_the_gpu_is_done(tmp_path):
+    work = Work()
+    with served(replies_early(work), str(tmp_path / "sock")) as server, endpoint(server) as client:
+        client.call("method", (), {}, 10.0)
+        stopping = threading.Thread(target=server.stop, args=(10.0,))
+        stopping.start()
+        looks = work.looks
+        wait_until(lambda: work.looks > looks + 2)
+        assert stopping.is_alive()
+        work.may_end.set()
+        stopping.join(1.0)
+        assert not stopping.is_alive()
+
+
+def test_the_next_request_is_taken_while_the_gpu_still_works(tmp_path):
+    with served(replies_early(Work()), str(tmp_path / "sock")) as server:
+        with endpoint(server) as client:
+            assert [client.call("method", (), {}, 10.0) for _ in range(2)] == ["queued"] * 2
 
 
 def test_a_fault_ends_the_connection_and_is_told_once(tmp_path):

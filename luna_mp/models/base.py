@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ("ClipModel", "Conditioning", "Model", "ModelSpec", "VaeModel")
+__all__ = ("ClipModel", "Conditioning", "Model", "ModelSpec", "Place", "VaeModel", "at_once")
+
+#: runs the last step of a result, so that the caller chooses whose memory the result lies in
+Place = Callable[[Callable[[], torch.Tensor]], torch.Tensor]
+
+
+def at_once(step: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """In whatever memory comes."""
+    return step()
 
 
 @dataclass(frozen=True)
@@ -66,15 +75,18 @@ class VaeModel(Model):
     spatial_ratio: int
 
     @abstractmethod
-    def decode(self, latent: torch.Tensor) -> torch.Tensor:
-        """Image, float32, for a latent. Raises `torch.OutOfMemoryError`."""
+    def decode(self, latent: torch.Tensor, place: Place = at_once) -> torch.Tensor:
+        """Image, float32, for a latent. Raises `torch.OutOfMemoryError`.
+
+        A model may leave `place` unused; what it places must be a tensor that nothing else holds.
+        """
 
     @abstractmethod
     def encode(self, image: torch.Tensor) -> torch.Tensor:
         """Mode of the posterior, in `dtype`, for an image. Raises `torch.OutOfMemoryError`."""
 
     @abstractmethod
-    def decode_tiled(self, latent: torch.Tensor) -> torch.Tensor:
+    def decode_tiled(self, latent: torch.Tensor, place: Place = at_once) -> torch.Tensor:
         """Like `decode` in overlapping tiles: less memory, other bits."""
 
     @abstractmethod

@@ -19,7 +19,7 @@ import torch
 
 from luna_mp.errors import BadConfig, Rejected
 from luna_mp.models import files
-from luna_mp.models.base import ClipModel, Conditioning, ModelSpec, VaeModel
+from luna_mp.models.base import ClipModel, Conditioning, ModelSpec, Place, VaeModel, at_once
 
 __all__ = (
     "ComfyClip",
@@ -61,7 +61,7 @@ class ComfyVae(VaeModel):
         self.spatial_dims = vae.latent_dim
         self.spatial_ratio = round(vae.spacial_compression_decode())
 
-    def decode(self, latent: torch.Tensor) -> torch.Tensor:
+    def decode(self, latent: torch.Tensor, place: Place = at_once) -> torch.Tensor:
         image: torch.Tensor = self.vae.decode(latent)
         return image
 
@@ -69,7 +69,7 @@ class ComfyVae(VaeModel):
         latent: torch.Tensor = self.vae.encode(image)
         return latent
 
-    def decode_tiled(self, latent: torch.Tensor) -> torch.Tensor:
+    def decode_tiled(self, latent: torch.Tensor, place: Place = at_once) -> torch.Tensor:
         image: torch.Tensor = self.vae.decode_tiled(latent, **self._tiles(decoding=True))
         return image
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from luna_mp.errors import RemoteFailure
 from luna_mp.models import files
-from luna_mp.models.base import ModelSpec, VaeModel
+from luna_mp.models.base import ModelSpec, Place, VaeModel, at_once
 
 __all__ = ("DTYPE_ARGUMENT", "DiffusersVae", "load_vae")
 
@@ -40,11 +40,11 @@ class DiffusersVae(VaeModel):
         self.latent_channels = _latent_channels(model)
         self.spatial_dims, self.spatial_ratio, self.image_channels = self._measure()
 
-    def decode(self, latent: torch.Tensor) -> torch.Tensor:
+    def decode(self, latent: torch.Tensor, place: Place = at_once) -> torch.Tensor:
         sample = self.model.decode(latent.to(self.device, self.dtype)).sample
         # in the model's dtype, as VaeImageProcessor does: rounding is part of the picture
-        image: torch.Tensor = (sample / 2 + 0.5).clamp(0, 1).float()
-        return image.movedim(1, -1)
+        image = (sample / 2 + 0.5).clamp_(0, 1)
+        return place(lambda: image.to(torch.float32, copy=True)).movedim(1, -1)
 
     def encode(self, image: torch.Tensor) -> torch.Tensor:
         pixels = image.to(self.device).movedim(-1, 1) * 2 - 1
@@ -56,9 +56,9 @@ class DiffusersVae(VaeModel):
             latent = output.latent if hasattr(output, "latent") else output.latents
         return latent
 
-    def decode_tiled(self, latent: torch.Tensor) -> torch.Tensor:
+    def decode_tiled(self, latent: torch.Tensor, place: Place = at_once) -> torch.Tensor:
         with self._tiling():
-            return self.decode(latent)
+            return self.decode(latent, place)
 
     def encode_tiled(self, image: torch.Tensor) -> torch.Tensor:
         with self._tiling():

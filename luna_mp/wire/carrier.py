@@ -39,10 +39,8 @@ class Outgoing:
     fds: list[int] = field(default_factory=list)
     #: keeps the memory behind `parts` until it is sent
     kept: list[object] = field(default_factory=list)
-    #: the work behind which the tensors are ready: a `torch.cuda.Event`, or None for "now"
-    after: Fence | None = None
-    #: tensors are wanted in the memory of the host, wherever they are
-    to_host: bool = False
+    #: what has to be done before it leaves: waits for copies off a GPU
+    before: list[Callable[[], None]] = field(default_factory=list)
     #: what gives back what carriers took for this message, should it never leave
     undo: list[Callable[[], None]] = field(default_factory=list)
 
@@ -55,6 +53,11 @@ class Incoming:
     take_fd: Callable[[], int]
     #: most bytes that one tensor may have
     limit: int
+    #: returns once the question is answered with yes; raises `TimedOut`, or `Broken` when the peer
+    #: has gone before
+    wait: Callable[[Callable[[], bool]], None]
+    #: tensors are wanted in the memory of the host, wherever they are
+    to_host: bool = False
 
 
 class Carrier(ABC):
@@ -69,6 +72,10 @@ class Carrier(ABC):
     @abstractmethod
     def unpack(self, token: Token, source: Incoming) -> torch.Tensor:
         """The tensor behind a token: writable, private to the caller. Raises `Rejected`."""
+
+    def discard(self, token: Token) -> None:
+        """Let go of what a token stands for, of a message that cannot be read to its end."""
+        return None
 
     def settle(self, after: Fence | None) -> None:
         """The service's call that used what was unpacked has queued its work, up to `after`."""

@@ -10,20 +10,23 @@ from __future__ import annotations
 import logging
 import os
 import struct
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from luna_mp.deadline import Deadline
-from luna_mp.errors import Rejected
+from luna_mp.errors import Broken, Rejected
 from luna_mp.wire import codec
 from luna_mp.wire.carrier import Carrier, Fence, Incoming, NoRoom, Outgoing, Token
 from luna_mp.wire.inline import InlineCarrier
 from luna_mp.wire.stream import Stream
 
-__all__ = ("Channel",)
+__all__ = ("Channel", "Packed")
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +34,8 @@ HEADER = struct.Struct("!IQ")
 MAX_PICKLED = 64 << 20  # bytes; a prompt of ten thousand words takes a tenth of one MiB
 INLINE_BELOW = 32 << 10  # bytes; smaller tensors cost less beside the message than in a segment
 MESSAGE_SECONDS = 60.0  # for a message to arrive once its first byte has
+WAIT_AWAKE = 1e-3  # seconds for which a client looks at the peer's GPU without a pause
+WAIT_SECONDS = 50e-6  # between two looks after that
 
 
 class Channel:
@@ -77,31 +82,35 @@ class Channel:
         for carrier in self._order:
             carrier.settle(after)
 
-    def send(
-        self,
-        message: Mapping[str, Any],
-        deadline: Deadline,
-        after: Fence | None = None,
-        to_host: bool = False,
-    ) -> None:
-        """Send one message. `Unsendable` and `Rejected` leave the channel as it was.
+    def pack(self, message: Mapping[str, Any]) -> Packed:
+        """Make one message ready. `Unsendable` and `Rejected` leave the channel as it was.
 
-        `after`: the event behind the work that makes the tensors; `to_host`: none stays on a GPU.
+        Tensors of a GPU are sent as they will be when the work queued so far is done.
         """
-        out = Outgoing(after=after, to_host=to_host)
-        try:
+        out = Outgoing()
+        with _undone_on_error(out):
             pickled = codec.dumps(message, lambda tensor: self._pack(tensor, out))
-            inline = sum(part.nbytes for part in out.parts)
-            self._check_size(pickled.nbytes, inline)
-        except BaseException:
-            for undo in reversed(out.undo):
-                undo()
-            raise
-        header = HEADER.pack(pickled.nbytes, inline)
-        self.stream.send([header, pickled, *out.parts], deadline, out.fds)
+            self._check_size(pickled.nbytes, sum(part.nbytes for part in out.parts))
+        return Packed(message, pickled, out)
 
-    def recv(self, deadline: Deadline) -> dict[str, Any]:
-        """Receive one message; `deadline` is for its beginning. Close the channel on any error."""
+    def send_packed(self, packed: Packed, deadline: Deadline) -> None:
+        """Send a completed message; it is sent, or never, before the next is packed."""
+        out = packed.out
+        header = HEADER.pack(packed.pickled.nbytes, sum(part.nbytes for part in out.parts))
+        self.stream.send([header, packed.pickled, *out.parts], deadline, out.fds)
+
+    def send(self, message: Mapping[str, Any], deadline: Deadline) -> None:
+        """Pack, complete and send one message."""
+        packed = self.pack(message)
+        packed.complete()
+        self.send_packed(packed, deadline)
+
+    def recv(self, deadline: Deadline, to_host: bool = False) -> dict[str, Any]:
+        """Receive one message, with its tensors in the memory of the host if `to_host`.
+
+        `deadline` is for its beginning, and for work of a GPU that its tensors come from. Close the
+        channel on any error.
+        """
         header = self.stream.recv_header(HEADER.size, deadline)
         pickled_size, inline_size = HEADER.unpack(header)
         self._check_size(pickled_size, inline_size)
@@ -110,9 +119,15 @@ class Channel:
         self.stream.recv_into(pickled, arrival)
         body = _Body(self.stream, inline_size, arrival)
         fds = self.stream.take_fds()
-        source = Incoming(body.read_into, lambda: _next_fd(fds), self.max_message)
+
+        def wait(is_done: Callable[[], bool]) -> None:
+            body.fetch()
+            self._wait(is_done, deadline)
+
+        take_fd = partial(_next_fd, fds)
+        source = Incoming(body.read_into, take_fd, self.max_message, wait, to_host)
         try:
-            message = codec.loads(pickled, lambda token: self._unpack(token, source))
+            message = codec.loads(pickled, lambda token: self._unpack(token, source), self._discard)
         finally:
             for fd in fds:
                 os.close(fd)
@@ -139,6 +154,19 @@ class Channel:
             raise Rejected(f"a tensor came by a carrier that was not agreed on: {token!r:.200}")
         return self._carriers[token[0]].unpack(token[1:], source)
 
+    def _discard(self, token: Any) -> None:
+        self._carriers[token[0]].discard(token[1:])
+
+    def _wait(self, is_done: Callable[[], bool], deadline: Deadline) -> None:
+        """Return once the peer's GPU is done, whose next word can only be that it is not."""
+        awake = time.perf_counter() + WAIT_AWAKE
+        while not is_done():
+            deadline.pause()
+            if self.stream.is_readable(0.0) and not is_done():
+                raise Broken(f"{self.stream.peer} ended before its GPU was done")
+            if time.perf_counter() > awake:
+                time.sleep(WAIT_SECONDS)
+
     def _check_size(self, pickled: int, inline: int) -> None:
         if pickled > MAX_PICKLED:
             raise Rejected(
@@ -151,19 +179,55 @@ class Channel:
             )
 
 
+class Packed(NamedTuple):
+    """A message that can be sent once it is complete."""
+
+    message: Mapping[str, Any]
+    pickled: memoryview
+    out: Outgoing
+
+    def complete(self) -> None:
+        """Wait for what is still on its way into it, such as copies off a GPU."""
+        with _undone_on_error(self.out):
+            for step in self.out.before:
+                step()
+
+
+@contextmanager
+def _undone_on_error(out: Outgoing) -> Iterator[None]:
+    """What never leaves gives back what carriers took for it."""
+    try:
+        yield
+    except BaseException:
+        for undo in reversed(out.undo):
+            undo()
+        raise
+
+
 class _Body:
     """The inline part of one message, read piece by piece straight into its tensors."""
 
     def __init__(self, stream: Stream, size: int, deadline: Deadline) -> None:
         self._stream = stream
         self._deadline = deadline
+        self._here = memoryview(b"")
         self.left = size
 
+    def fetch(self) -> None:
+        """Have the rest of it here, so that whatever else comes is another message."""
+        if len(self._here) < self.left:
+            self._here = memoryview(bytearray(self.left))
+            self._stream.recv_into(self._here, self._deadline)
+
     def read_into(self, target: memoryview) -> None:
-        if target.nbytes > self.left:
-            raise Rejected(f"a tensor of {target.nbytes} bytes, but only {self.left} bytes follow")
-        self.left -= target.nbytes
-        self._stream.recv_into(target, self._deadline)
+        size = target.nbytes
+        if size > self.left:
+            raise Rejected(f"a tensor of {size} bytes, but only {self.left} bytes follow")
+        self.left -= size
+        if self._here:
+            target[:], self._here = self._here[:size], self._here[size:]
+        else:
+            self._stream.recv_into(target, self._deadline)
 
 
 def _next_fd(fds: list[int]) -> int:

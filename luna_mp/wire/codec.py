@@ -8,13 +8,15 @@ sets and dicts, so the reader refuses every global and the writer every object t
 from __future__ import annotations
 
 import io
+import itertools
 import pickle
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any, NoReturn
 
 import torch
 
-from luna_mp.errors import Rejected, Unsendable
+from luna_mp.errors import LunaError, Rejected, Unsendable
 
 __all__ = ("dumps", "loads")
 
@@ -63,13 +65,13 @@ class _Unpickler(pickle.Unpickler):
     def __init__(self, file: io.BytesIO, unpack: Callable[[Any], torch.Tensor]) -> None:
         super().__init__(file)
         self._unpack = unpack
-        self._unpacked: list[torch.Tensor] = []
+        self.unpacked: list[torch.Tensor] = []
 
     def persistent_load(self, pid: Any) -> torch.Tensor:
         index, token = pid
-        if index == len(self._unpacked):
-            self._unpacked.append(self._unpack(token))
-        tensor: torch.Tensor = self._unpacked[index]
+        if index == len(self.unpacked):
+            self.unpacked.append(self._unpack(token))
+        tensor: torch.Tensor = self.unpacked[index]
         return tensor
 
     def find_class(self, module: str, name: str) -> NoReturn:
@@ -92,12 +94,36 @@ def dumps(message: Mapping[str, Any], pack: Callable[[torch.Tensor], object]) ->
     return file.getbuffer()
 
 
-def loads(payload: bytes | bytearray, unpack: Callable[[Any], torch.Tensor]) -> Any:
-    """Read a message; `unpack` gives the tensor for a token. Raises `Rejected` for garbage."""
+def loads(
+    payload: bytes | bytearray,
+    unpack: Callable[[Any], torch.Tensor],
+    discard: Callable[[Any], None] = lambda token: None,
+) -> Any:
+    """Read a message; `unpack` gives the tensor for a token. Raises `Rejected` for garbage.
+
+    When it cannot be read to its end, `discard` is told of each token that was not unpacked.
+    """
+    reader = _Unpickler(io.BytesIO(payload), unpack)
     try:
-        return _Unpickler(io.BytesIO(payload), unpack).load()
-    except _GARBAGE as exc:
-        raise Rejected(f"a message of {len(payload)} bytes is not data: {exc}") from exc
+        return reader.load()
+    except BaseException as exc:
+        _discard_from(len(reader.unpacked), payload, discard)
+        if isinstance(exc, _GARBAGE):
+            raise Rejected(f"a message of {len(payload)} bytes is not data: {exc}") from exc
+        raise
+
+
+def _discard_from(first: int, payload: bytes | bytearray, discard: Callable[[Any], None]) -> None:
+    numbers = itertools.count()
+
+    def skip(token: Any) -> torch.Tensor:
+        if next(numbers) >= first:
+            discard(token)
+        return torch.empty(0)
+
+    # What cannot be read was the first error, which is on its way to the caller.
+    with suppress(LunaError, *_GARBAGE):
+        _Unpickler(io.BytesIO(payload), skip).load()
 
 
 def _path_to(culprit: object, message: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ import torch
 
 from luna_mp.wire import layout
 from luna_mp.wire.carrier import Carrier, Incoming, Outgoing, Token
+from luna_mp.wire.offload import bring
 
 __all__ = ("InlineCarrier",)
 
@@ -17,9 +18,10 @@ class InlineCarrier(Carrier):
 
     def pack(self, tensor: torch.Tensor, out: Outgoing) -> Token:
         how, run = layout.flatten(tensor)
-        if run.is_cuda and isinstance(out.after, torch.cuda.Event):
-            out.after.synchronize()
-        run = run.cpu()
+        if run.is_cuda:
+            here = torch.empty(run.shape, dtype=run.dtype)
+            bring(run, here, out)
+            run = here
         out.parts.append(layout.memory_of(run))
         out.kept.append(run)
         return tuple(how)

@@ -16,6 +16,7 @@ from luna_mp.errors import Rejected, Unsendable
 __all__ = ("Layout", "flatten", "memory_of", "name_of", "parse", "restore")
 
 MAX_DIMS = 64  # torch's own limit
+MAX_NUMBER = 1 << 62  # likewise, of an element, with room to add
 
 # Quantized dtypes need a quantizer beside their bytes, which no model returns any more.
 DTYPES: dict[str, torch.dtype] = {
@@ -52,13 +53,20 @@ class Layout(NamedTuple):
         """Elements from the first to the last in memory, gaps included."""
         if 0 in self.shape:
             return 0
-        return 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
+        last = 0
+        for n, step in zip(self.shape, self.stride, strict=True):
+            last += (n - 1) * step
+        return 1 + last
 
 
 def flatten(tensor: torch.Tensor) -> tuple[Layout, torch.Tensor]:
     """Layout and the run to send: uint8 [nbytes] on the tensor's device, a view where possible."""
     _check_sendable(tensor)
-    tensor = tensor.detach().resolve_conj().resolve_neg()
+    # Each of these would make another tensor, and most need none.
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    if tensor.is_conj() or tensor.is_neg():
+        tensor = tensor.resolve_conj().resolve_neg()
     stride = tuple(tensor.stride())
     layout = Layout(_NAMES[tensor.dtype], tuple(tensor.shape), stride, is_packed=False)
     if layout.span <= tensor.numel():
@@ -88,15 +96,14 @@ def parse(token: tuple[object, ...], limit: int) -> Layout:
             layout = Layout(dtype, shape, stride, is_packed)
         case _:
             raise Rejected(f"a tensor's description is malformed: {str(token)[:200]}")
-    numbers = (*shape, *stride)
-    if (
-        dtype not in DTYPES
-        or len(shape) != len(stride)
-        or len(shape) > MAX_DIMS
-        or not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers)
-    ):
+    if dtype not in DTYPES or len(shape) != len(stride) or len(shape) > MAX_DIMS:
         raise Rejected(f"a tensor's description is impossible: {str(token)[:200]}")
-    largest = max(layout.span, layout.nbytes // layout.itemsize) * layout.itemsize
+    for number in (*shape, *stride):
+        if type(number) is not int or not 0 <= number < MAX_NUMBER:
+            raise Rejected(f"a tensor's description is impossible: {str(token)[:200]}")
+    largest = layout.span * layout.itemsize
+    if is_packed:
+        largest = max(largest, layout.nbytes)
     if largest > limit:
         raise Rejected(f"a tensor of {largest} bytes is over the limit of {limit} bytes a message")
     return layout

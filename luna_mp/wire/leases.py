@@ -69,8 +69,10 @@ class _Lease(Generic[T]):
     fences: list[Fence] = field(default_factory=list)
 
     def is_over(self) -> bool:
+        if self.counter.value() > 0:
+            return False
         self.fences = [fence for fence in self.fences if not fence.query()]
-        return not self.fences and self.counter.value() <= 0
+        return not self.fences
 
 
 class LeaseBook(Generic[T]):

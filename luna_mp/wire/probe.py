@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Protocol
 
@@ -39,10 +40,10 @@ SECONDS = 10.0  # the first time a process opens the GPU takes some
 
 
 class Importer(Protocol):
-    """The GPUs that a client may use; `cuda.Importer` is one."""
+    """The GPUs that a client may use; `cuda_client.Importer` is one."""
 
     def uuids(self) -> list[str]:
-        """Of all that this process sees."""
+        """Of those that this process computes on."""
 
     def carrier(self, uuid: str, service: Owner) -> Carrier:
         """The client's end of one connection. Raises `RuntimeError`."""
@@ -148,17 +149,29 @@ class Answerer:
                 raise Rejected(f"a message is neither call nor probe: {sorted(map(str, request))}")
         return {}
 
+    def beside(self) -> AbstractContextManager[object]:
+        """Work of the GPU that is queued within waits for no call's."""
+        return nullcontext() if self._exporter is None else self._exporter.beside()
+
     def wait_for_room(self, deadline: Deadline) -> None:
         """Return once this client holds less than its share. Raises `OutOfMemory`."""
         if self._channel.carrier == "cuda":
             self._exporter.book.wait_for_room(self._owner, deadline)
+
+    def place(self, step: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Run the last step of a result where this client may share its memory."""
+        if self._channel.carrier != "cuda":
+            return step()
+        placed: torch.Tensor = self._exporter.place(step)
+        return placed
 
     def _shared_gpu(self, gpus: list[Any]) -> str:
         if self._exporter is None:
             raise Rejected("the service has no GPU whose memory it can share")
         uuid: str = self._exporter.uuid
         if uuid not in gpus:
-            raise Rejected(f"the service is on GPU {uuid}, which this process does not see")
+            here = ", ".join(map(str, gpus))
+            raise Rejected(f"the service is on GPU {uuid}, and this process computes on {here}")
         return uuid
 
     def _challenge(self) -> torch.Tensor:

@@ -21,13 +21,13 @@ import os
 import secrets
 import sys
 import weakref
-from functools import cache
 
 import torch
 
 from luna_mp.errors import Rejected
 from luna_mp.wire import layout
-from luna_mp.wire.carrier import Carrier, Fence, Incoming, NoRoom, Outgoing, Token
+from luna_mp.wire.carrier import Carrier, Incoming, NoRoom, Outgoing, Token
+from luna_mp.wire.offload import bring
 
 __all__ = ("MAX_SEGMENT_BYTES", "ShmCarrier", "is_supported")
 
@@ -65,7 +65,7 @@ class ShmCarrier(Carrier):
         number, segment = self._take(run.numel(), out)
         segment.set_state(LENT)
         out.undo.append(lambda: segment.set_state(FREE))
-        _copy(run, segment.run(run.numel()), out.after)
+        bring(run, segment.run(run.numel()), out)
         dropped, self._dropped = tuple(self._dropped), []
         out.undo.append(lambda: self._dropped.extend(dropped))
         return (number, segment.capacity, segment.name, dropped, *how)
@@ -133,27 +133,6 @@ class ShmCarrier(Carrier):
         for number in numbers:
             del self._mine[number]
         self._dropped += numbers
-
-
-def _copy(run: torch.Tensor, target: torch.Tensor, after: Fence | None) -> None:
-    """Copy into a segment; off a GPU not behind work that others queued since `after`."""
-    if not run.is_cuda:
-        target.copy_(run)
-        return
-    stream = _copy_stream(run.device)
-    if isinstance(after, torch.cuda.Event):
-        stream.wait_event(after)
-    else:
-        stream.wait_stream(torch.cuda.current_stream(run.device))
-    with torch.cuda.stream(stream):
-        target.copy_(run, non_blocking=True)
-    # Also keeps the run's memory until it was read.
-    stream.synchronize()
-
-
-@cache
-def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
 
 
 class _Segment:

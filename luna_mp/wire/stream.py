@@ -24,7 +24,7 @@ CONNECT_RETRY = 0.01  # seconds; Linux answers EAGAIN while the backlog of a Uni
 # awake. Longer than this nobody spins: a client for its answer, a service for the next request,
 # shorter since it has other threads to run.
 CLIENT_SPIN = 1e-3  # seconds; a cached encoding is there by then
-SERVICE_SPIN = 100e-6
+SERVICE_SPIN = 500e-6  # a client that calls in a row is back by then
 READ_AHEAD = 8192  # bytes; more than a message without tensors has
 MAX_PARTS = 64  # of one system call
 FDS_SPACE = socket.CMSG_SPACE(MAX_FDS * 4) if hasattr(socket, "CMSG_SPACE") else 0
@@ -177,12 +177,16 @@ class Stream:
     @property
     def peer_has_gone(self) -> bool:
         """True once the peer has closed; also true of bytes that nobody asked for."""
+        return self.is_readable(0.0)
+
+    def is_readable(self, seconds: float) -> bool:
+        """Wait so long for bytes, or for the peer to close; whether there is either."""
         if self._sock.fileno() < 0 or self._ahead:
             return True
         if self._poll is not None:
             self._poll.modify(self._sock, select.POLLIN)
-            return bool(self._poll.poll(0))
-        return bool(select.select([self._sock], [], [], 0)[0])
+            return bool(self._poll.poll(1e3 * seconds))
+        return bool(select.select([self._sock], [], [], seconds)[0])
 
     def wake(self) -> None:
         """End, from another thread, whatever the owner waits for on this stream."""

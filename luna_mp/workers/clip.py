@@ -39,20 +39,20 @@ class ClipWorker(Worker[ClipModel]):
     ) -> dict[str, list[int]]:
         """Token ids of a prompt for each encoder."""
         _check(text)
-        with self.using(call, model) as (_, clip):
-            return clip.tokenize(text)
+        _, clip = self.take(call, model)
+        return clip.tokenize(text)
 
     def encode(
         self, call: Call, text: str, model: dict[str, Any] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None, dict[str, Any]]:
         """Conditioning of a prompt, as a plain tuple."""
         _check(text)
-        with self.using(call, model) as (key, clip):
-            found = self.cache.get((key, text))
-            if found is None:
-                found = self._encode(clip, text)
-                self.cache.put((key, text), found)
-            return tuple(found)  # type: ignore[return-value]
+        key, clip = self.take(call, model)
+        found = self.cache.get((key, text))
+        if found is None:
+            found = self._encode(clip, text)
+            self.cache.put((key, text), found)
+        return tuple(found)  # type: ignore[return-value]
 
     def _encode(self, clip: ClipModel, text: str) -> Conditioning:
         try:

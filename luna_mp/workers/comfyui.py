@@ -52,35 +52,35 @@ class _ComfyCalls:
 
     def describe(self, call: Call, model: Spec | None = None) -> dict[str, Any]:
         """What a client builds its own object from, with no weights in it."""
-        with self._worker.using(call, model) as (key, loaded):
-            comfy = self._checked(loaded)
-            spec = self._worker.library.spec(model)
-            device = comfy.device
-            gpu = torch.cuda.get_device_properties(device).uuid if device.type == "cuda" else ""
-            return {
-                "model": {**vars(spec), "paths": list(spec.paths)},
-                "version": fingerprint(key),
-                "files": [_described(Path(path)) for path in spec.paths],
-                "dtype": str(comfy.dtype).removeprefix("torch."),
-                "facts": facts(device, comfy.dtype),
-                "gpu": str(gpu),
-            }
+        key, loaded = self._worker.take(call, model)
+        comfy = self._checked(loaded)
+        spec = self._worker.library.spec(model)
+        device = comfy.device
+        gpu = torch.cuda.get_device_properties(device).uuid if device.type == "cuda" else ""
+        return {
+            "model": {**vars(spec), "paths": list(spec.paths)},
+            "version": fingerprint(key),
+            "files": [_described(Path(path)) for path in spec.paths],
+            "dtype": str(comfy.dtype).removeprefix("torch."),
+            "facts": facts(device, comfy.dtype),
+            "gpu": str(gpu),
+        }
 
     @contextmanager
     def _using(self, call: Call, model: Spec, version: str) -> Iterator[tuple[str, Any]]:
-        with self._worker.using(call, model) as (key, loaded):
-            if fingerprint(key) != version:
-                raise ModelChanged(
-                    f"{', '.join(model['paths'])} changed since it was loaded: run the loader again"
-                )
-            try:
-                yield version, self._checked(loaded)
-            except (RuntimeError, MemoryError) as exc:
-                if not is_out_of_memory(exc):
-                    raise
-                text = f"{call.method} does not fit on {loaded.device}: {exc}"
-            else:
-                return
+        key, loaded = self._worker.take(call, model)
+        if fingerprint(key) != version:
+            raise ModelChanged(
+                f"{', '.join(model['paths'])} changed since it was loaded: run the loader again"
+            )
+        try:
+            yield version, self._checked(loaded)
+        except (RuntimeError, MemoryError) as exc:
+            if not is_out_of_memory(exc):
+                raise
+            text = f"{call.method} does not fit on {loaded.device}: {exc}"
+        else:
+            return
         # Out of the handler: its traceback would keep the first try's tensors alive.
         memory.free(self._worker.device)
         raise OutOfMemory(text)

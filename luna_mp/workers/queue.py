@@ -9,12 +9,15 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from luna_mp.errors import Broken
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ("Call", "SingleFlight")
 
@@ -29,6 +32,12 @@ class Call(Protocol):
     method: str
     after: Any
     """Set by the worker: the event behind the work that it queued on a GPU."""
+
+    def hold(self, context: AbstractContextManager[Any]) -> None:
+        """Enter it now, and leave it once the reply is packed."""
+
+    def place(self, step: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Run the last step of the result where the client may share its memory."""
 
     def is_abandoned(self) -> bool:
         """True once nobody waits for the result."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,9 +50,11 @@ class VaeWorker(Worker[VaeModel]):
     ) -> torch.Tensor:
         """Image for a latent. Raises `Rejected` for one that the model cannot take."""
         _check_tensor(latent, "latent")
-        with self.using(call, model) as (_, vae):
-            _check_latent(latent, vae)
-            return _attempt(vae.decode, vae.decode_tiled, latent, vae, tiled)
+        _, vae = self.take(call, model)
+        _check_latent(latent, vae)
+        whole = partial(vae.decode, place=call.place)
+        in_tiles = partial(vae.decode_tiled, place=call.place)
+        return _attempt(whole, in_tiles, latent, vae, tiled)
 
     def encode(
         self,
@@ -62,9 +65,9 @@ class VaeWorker(Worker[VaeModel]):
     ) -> torch.Tensor:
         """Latent for an image. Raises `Rejected` for one that the model cannot take."""
         _check_tensor(image, "image")
-        with self.using(call, model) as (_, vae):
-            _check_image(image, vae)
-            return _attempt(vae.encode, vae.encode_tiled, image, vae, tiled)
+        _, vae = self.take(call, model)
+        _check_image(image, vae)
+        return _attempt(vae.encode, vae.encode_tiled, image, vae, tiled)
 
 
 def _attempt(

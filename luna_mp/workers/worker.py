@@ -36,8 +36,8 @@ class Worker(Generic[M]):
 
     def load(self, call: Call, model: dict[str, Any]) -> dict[str, Any]:
         """Load a model from an allowed directory ahead of its first use."""
-        with self.using(call, model) as (_, loaded):
-            return {"dtype": str(loaded.dtype), "bytes": loaded.weight_bytes()}
+        _, loaded = self.take(call, model)
+        return {"dtype": str(loaded.dtype), "bytes": loaded.weight_bytes()}
 
     def unload(self, call: Call, model: dict[str, Any]) -> bool:
         """Let go of a model that a client loaded; False when it was not there."""
@@ -55,18 +55,23 @@ class Worker(Generic[M]):
             "memory": memory.used(self.device),
         }
 
-    @contextmanager
-    def using(self, call: Call, wanted: dict[str, Any] | None) -> Iterator[tuple[Key, M]]:
-        """The model, with the lock, inference mode and the device, which belong to this thread."""
+    def take(self, call: Call, wanted: dict[str, Any] | None) -> tuple[Key, M]:
+        """The model, with its turn, which the call holds until its reply is packed."""
         if wanted is not None and not isinstance(wanted, dict):
             raise Rejected(f"a model is named by a dict with paths, not by {wanted!r:.100}")
         # Outside the lock: who holds too much keeps nobody else waiting.
         call.wait_for_room()
+        call.hold(self._turn(call))
+        return self.library.get(wanted)
+
+    @contextmanager
+    def _turn(self, call: Call) -> Iterator[None]:
+        """The lock, and inference mode and the device, which belong to this thread."""
         with self.flight.turn(call), torch.inference_mode():
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
-            yield self.library.get(wanted)
+            yield
             if self.device.type == "cuda":
                 memory.drop_workspaces()
-                # Before the next in line queues its own: what reads the result waits for this.
+                # Before the next in line queues its own: this work alone is waited for.
                 call.after = torch.cuda.current_stream(self.device).record_event()

@@ -8,11 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+import time
 from typing import Any
 
 import torch
 
 import luna_mp
+from luna_mp import errors
 
 EDGE = 32  # of the latents
 
@@ -66,6 +68,39 @@ def hold(megabytes: str) -> None:
         torch.cuda.synchronize()
         say(held=len(held), carrier=luna.carriers["vae"])
         sys.stdin.read()
+
+
+def elsewhere(device: str) -> None:
+    """One decode by a process that computes on that GPU; whether it opened another."""
+    torch.cuda.set_device(device)
+    with luna_mp.connect() as luna:
+        image = luna.vae.decode(latent())
+        seen = range(torch.cuda.device_count())
+        say(
+            carriers=luna.carriers,
+            reasons=luna.reasons,
+            bits=bits(image),
+            device=str(image.device),
+            others=sum(
+                torch._C._cuda_hasPrimaryContext(index)
+                for index in seen
+                if index != torch.device(device).index
+            ),
+        )
+
+
+def late(device: str = "") -> None:
+    """A call whose service is killed, another, and work of one's own on the stream of both."""
+    zeros = torch.zeros(1, 4, 64, 64)
+    with luna_mp.connect() as luna:
+        say(carrier=luna.carriers["vae"])
+        try:
+            luna.vae.decode(zeros, device=device)
+        except errors.LunaError as exc:
+            say(error=type(exc).__name__, text=str(exc), ended=time.monotonic())
+        again = luna.vae.decode(zeros, device=device)
+        own = torch.ones(1, device="cuda").sum()
+        say(sum=again.sum().item(), own=own.item(), carrier=luna.carriers["vae"])
 
 
 if __name__ == "__main__":

@@ -119,7 +119,10 @@ def test_a_gpu_that_both_ends_read_and_write_is_used(client, gpu):
             "99999999-9999",
             (ServiceEnd, ClientEnd),
             FakeImporter,
-            "the service is on GPU 99999999-9999, which this process does not see",
+            (
+                "the service is on GPU 99999999-9999, and this process computes on "
+                "00000000-0000, 11111111-2222"
+            ),
         ),
         (
             "",

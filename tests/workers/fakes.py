@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import torch
 
-from luna_mp.models.base import ClipModel, Conditioning, ModelSpec, VaeModel
+from luna_mp.models.base import ClipModel, Conditioning, ModelSpec, VaeModel, at_once
 from luna_mp.models.library import Library
 
 #: as torch words it; what follows the first line is advice
@@ -21,12 +23,31 @@ class FakeCall:
         self.client = client
         self.method = method
         self.is_gone = False
+        self.held = ExitStack()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.held.__exit__(*error)
 
     def is_abandoned(self):
         return self.is_gone
 
     def wait_for_room(self):
         pass
+
+    def hold(self, context):
+        self.held.enter_context(context)
+
+    def place(self, step):
+        return step()
+
+
+def called(work, *args, **options):
+    """What one call gives, from its beginning to its end."""
+    with FakeCall() as call:
+        return work(call, *args, **options)
 
 
 class FakeVae(VaeModel):
@@ -40,13 +61,13 @@ class FakeVae(VaeModel):
         self.errors = list(errors)
         self.asked = []
 
-    def decode(self, latent):
+    def decode(self, latent, place=at_once):
         return self._answer("decode", latent)
 
     def encode(self, image):
         return self._answer("encode", image)
 
-    def decode_tiled(self, latent):
+    def decode_tiled(self, latent, place=at_once):
         return self._answer("decode_tiled", latent)
 
     def encode_tiled(self, image):

@@ -1,0 +1,123 @@
+"""The client's side of `cuda.py`: tensors over the service's memory, or copied off it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.multiprocessing import reductions
+
+from luna_mp.wire import cuda_runtime, layout
+from luna_mp.wire.carrier import Carrier, CarrierFailed, Incoming, NoRoom, Outgoing, Token
+from luna_mp.wire.cuda import uuid_of
+from luna_mp.wire.layout import Layout
+from luna_mp.wire.leases import Owner
+
+__all__ = ("Importer", "ImportingCarrier")
+
+
+class Importer:
+    """The client's side: the one GPU that it computes on, torch's current one when first asked.
+
+    To use another GPU's memory would open that GPU too, at hundreds of megabytes of its memory.
+    """
+
+    def __init__(self) -> None:
+        self._index: int | None = None
+
+    def uuids(self) -> list[str]:
+        if self._index is None:
+            self._index = torch.cuda.current_device()
+        return [uuid_of(self._index)]
+
+    def carrier(self, uuid: str, service: Owner) -> ImportingCarrier:
+        """The client's end of one connection. Raises `RuntimeError`."""
+        if self.uuids() != [uuid] or self._index is None:
+            raise RuntimeError(f"the service offers GPU {uuid}; this process has {self.uuids()}")
+        return ImportingCarrier(self._index, service)
+
+
+# By service and address: what came from it over any connection, to recognise it when it goes back.
+_leased: dict[Owner, dict[int, tuple[int, reductions.StorageWeakRef]]] = {}
+
+
+class ImportingCarrier(Carrier):
+    """The client's end of one connection; `index` is the service's GPU as this process counts."""
+
+    name = "cuda"
+
+    def __init__(self, index: int, service: Owner) -> None:
+        self._device = torch.device("cuda", index)
+        for old in [owner for owner in _leased if owner.is_gone()]:
+            _leased.pop(old, None)
+        self._leased = _leased.setdefault(service, {})
+        # torch's own import is slower, and queues a wait for the service on this process's stream.
+        self._by_runtime = cuda_runtime.is_there()
+        if not self._by_runtime and torch.cuda.get_allocator_backend() != "native":
+            cuda_runtime.require()
+        self._mappings = cuda_runtime.Mappings(self._device)
+
+    def pack(self, tensor: torch.Tensor, out: Outgoing) -> Token:
+        storage = tensor.untyped_storage()
+        number, alive = self._leased.get(storage.data_ptr(), (0, None))
+        if alive is None or alive.expired():
+            self._leased.pop(storage.data_ptr(), None)
+            raise NoRoom("this tensor is not the service's")
+        if tensor.is_conj() or tensor.is_neg():
+            raise NoRoom("this view has other values than its memory")
+        # The service's stream knows nothing of what this process has queued on the tensor.
+        torch.cuda.current_stream(self._device).synchronize()
+        how = Layout(layout.name_of(tensor.dtype), tuple(tensor.shape), tensor.stride(), False)
+        return (number, tensor.storage_offset() * tensor.itemsize, *how)
+
+    def unpack(self, token: Token, source: Incoming) -> torch.Tensor:
+        number, _, *where, event, must_wait = token[:9]
+        parsed = layout.parse(token[9:], source.limit)
+        try:
+            if must_wait:
+                source.wait(torch.cuda.Event.from_ipc_handle(self._device, event).query)
+            with torch.cuda.device(self._device):
+                run = self._opened(*where, event, must_wait)[: parsed.nbytes]
+                if source.to_host:
+                    run = torch.empty_like(run, device="cpu", pin_memory=True).copy_(run)
+        except RuntimeError as exc:
+            raise CarrierFailed(f"cuda: {str(exc).splitlines()[0]}") from exc
+        if run.is_cuda:
+            self._remember(number, run)
+        return layout.restore(parsed, run)
+
+    def discard(self, token: Token) -> None:
+        counter, slot = token[5:7]
+        torch.UntypedStorage._release_ipc_counter_cuda(counter, slot)
+
+    def close(self) -> None:
+        self._mappings.close()
+
+    def _opened(self, handle: bytes, size: int, offset: int, *rest: Any) -> torch.Tensor:
+        """The whole export: uint8 [size]."""
+        if self._by_runtime:
+            counter, slot = rest[:2]
+            segment = self._mappings.segment(handle)
+            return cuda_runtime.over(segment, size, offset, counter, slot, self._device)
+        run: torch.Tensor = reductions.rebuild_cuda_tensor(
+            torch.Tensor,
+            torch.Size((size,)),
+            (1,),
+            0,
+            torch.storage.TypedStorage,
+            torch.uint8,
+            self._device.index,
+            handle,
+            size,
+            offset,
+            False,
+            *rest,
+        )
+        return run
+
+    def _remember(self, number: int, run: torch.Tensor) -> None:
+        for at, (_, alive) in list(self._leased.items()):
+            if alive.expired():
+                self._leased.pop(at, None)
+        storage = run.untyped_storage()
+        self._leased[storage.data_ptr()] = (number, reductions.StorageWeakRef(storage))

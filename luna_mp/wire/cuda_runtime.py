@@ -1,0 +1,126 @@
+"""Memory of another process by the CUDA runtime: what torch's own import does, under any allocator.
+
+torch opens such memory through its allocator, and cudaMallocAsync, which ComfyUI selects on nearly
+every card, cannot. The driver counts: to open a segment twice is to close it twice.
+"""
+
+from __future__ import annotations
+
+import weakref
+from functools import cache
+from typing import Any
+
+import torch
+
+__all__ = ("Mappings", "Segment", "is_there", "over", "require")
+
+HANDLE_BYTES = 64  # of cudaIpcMemHandle_t
+PLAIN_HANDLE = b"c"  # torch's mark for memory of cudaMalloc, before the handle's own bytes
+MAX_MAPPINGS = 64  # segments of the service that a client keeps open between calls
+
+
+class Segment:
+    """A segment of another process, mapped until nothing refers to this; `base` is its address."""
+
+    def __init__(self, handle: bytes, device: torch.device) -> None:
+        self.base = _open(handle)
+        weakref.finalize(self, _close, device, self.base).atexit = False
+
+
+class Mappings:
+    """Segments of the service, kept mapped so that the next result in one costs microseconds.
+
+    On the current device of its calls, which is `device`.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._segments: dict[bytes, Segment] = {}
+
+    def segment(self, handle: bytes) -> Segment:
+        """Kept until it is one of the longest here, or until `close`. Raises `RuntimeError`."""
+        if handle not in self._segments:
+            while len(self._segments) >= MAX_MAPPINGS:
+                self._segments.pop(next(iter(self._segments)))
+            self._segments[handle] = Segment(handle, self._device)
+        return self._segments[handle]
+
+    def close(self) -> None:
+        """Keep nothing; what tensors use stays mapped."""
+        self._segments.clear()
+
+
+def is_there() -> bool:
+    """Whether the bindings are installed."""
+    try:
+        require()
+    except RuntimeError:
+        return False
+    return True
+
+
+def over(
+    segment: Segment, size: int, offset: int, counter: bytes, slot: int, device: torch.device
+) -> torch.Tensor:
+    """What `rebuild_cuda_tensor` does, without torch's allocator: uint8 [size] on `device`.
+
+    What the service writes there must be done. Raises `RuntimeError`.
+    """
+    owner = _Foreign(segment.base + offset, size)
+    weakref.finalize(owner, _let_go, segment, counter, slot, device).atexit = False
+    return torch.as_tensor(owner, device=device)
+
+
+class _Foreign:
+    """Memory that torch did not allocate, in the form in which torch takes it."""
+
+    def __init__(self, address: int, size: int) -> None:
+        self.__cuda_array_interface__ = {
+            "data": (address, False),
+            "shape": (size,),
+            "typestr": "|u1",
+            "strides": None,
+            "version": 3,
+        }
+
+
+def _let_go(segment: Segment, counter: bytes, slot: int, device: torch.device) -> None:
+    """The tensor's memory is no longer used: wait for what reads it, then tell the service."""
+    torch.cuda.current_stream(device).synchronize()
+    torch.UntypedStorage._release_ipc_counter_cuda(counter, slot)
+
+
+def _open(handle: bytes) -> int:
+    if handle[-HANDLE_BYTES - 1 : -HANDLE_BYTES] != PLAIN_HANDLE:
+        raise RuntimeError("the service's memory is not of cudaMalloc: is its allocator native?")
+    runtime = require()
+    shared = runtime.cudaIpcMemHandle_t()
+    shared.reserved = handle[-HANDLE_BYTES:]
+    flags = runtime.cudaIpcMemLazyEnablePeerAccess
+    return int(_checked(runtime.cudaIpcOpenMemHandle(shared, flags)))
+
+
+def _close(device: torch.device, base: int) -> None:
+    with torch.cuda.device(device):
+        _checked(require().cudaIpcCloseMemHandle(base))
+
+
+def _checked(answer: tuple[Any, ...]) -> Any:
+    """The value of a call of the runtime. Raises `RuntimeError` with the error's name."""
+    status, *values = answer
+    if int(status):
+        raise RuntimeError(f"the CUDA runtime says {status.name}")
+    return values[0] if values else None
+
+
+@cache
+def require() -> Any:
+    """The runtime's bindings. Raises `RuntimeError` where they are not installed."""
+    try:
+        from cuda.bindings import runtime
+    except ImportError as exc:
+        raise RuntimeError(
+            "this process's allocator is cudaMallocAsync, which needs the package cuda-bindings: "
+            "pip install cuda-bindings"
+        ) from exc
+    return runtime

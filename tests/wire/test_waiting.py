@@ -1,0 +1,131 @@
+"""Tensors whose sender's GPU is not done yet: the receiver waits, and for nobody who has gone."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from luna_mp.deadline import Deadline
+from luna_mp.errors import Broken, TimedOut
+from luna_mp.wire.carrier import Carrier
+from tests.helpers import wait_until
+from tests.wire.pair import channels, soon
+
+BIG = 40_000  # elements; more than what is sent inline for being small
+
+
+class Pending(Carrier):
+    """Its tensors are zeros, which are there once `is_done` is set."""
+
+    name = "pending"
+
+    def __init__(self):
+        self.is_done = threading.Event()
+        self.is_asked = threading.Event()
+        self.discarded = []
+
+    def pack(self, tensor, out):
+        return (tensor.numel(),)
+
+    def unpack(self, token, source):
+        source.wait(self._ask)
+        return torch.zeros(token[0])
+
+    def discard(self, token):
+        self.discarded.append(token[0])
+
+    def _ask(self):
+        self.is_asked.set()
+        return self.is_done.is_set()
+
+
+@pytest.fixture
+def ends():
+    """A sender, a receiver, and the carrier of the receiver."""
+    with channels() as (left, right):
+        carrier = Pending()
+        left.use(Pending())
+        right.use(carrier)
+        yield left, right, carrier
+
+
+class Receiving(threading.Thread):
+    """Receives one message; what came of it."""
+
+    def __init__(self, channel, deadline):
+        super().__init__()
+        self._channel = channel
+        self._deadline = deadline
+        self.outcome = None
+
+    def run(self):
+        try:
+            self.outcome = self._channel.recv(self._deadline)
+        except (Broken, TimedOut) as exc:
+            self.outcome = exc
+
+
+def test_a_message_is_there_once_the_work_behind_its_tensors_is_done(ends):
+    left, right, carrier = ends
+    left.send({"value": torch.ones(BIG)}, soon())
+    receiving = Receiving(right, soon())
+    receiving.start()
+    assert carrier.is_asked.wait(10)
+    assert receiving.is_alive()
+    carrier.is_done.set()
+    receiving.join(10)
+    assert receiving.outcome["value"].numel() == BIG
+    assert not carrier.discarded
+
+
+def test_a_sender_that_ends_before_its_work_is_done_breaks_the_wait(ends):
+    left, right, carrier = ends
+    left.send({"value": [torch.ones(BIG), torch.ones(BIG + 1)]}, soon())
+    receiving = Receiving(right, soon())
+    receiving.start()
+    assert carrier.is_asked.wait(10)
+    left.close()
+    receiving.join(1.0)
+    assert isinstance(receiving.outcome, Broken)
+    assert carrier.discarded == [BIG, BIG + 1]
+
+
+def test_work_that_was_done_is_taken_from_a_sender_that_has_ended(ends):
+    left, right, carrier = ends
+    left.send({"value": torch.ones(BIG)}, soon())
+    left.close()
+    carrier.is_done.set()
+    assert right.recv(soon())["value"].numel() == BIG
+
+
+def test_a_wait_ends_by_its_deadline_and_lets_go_of_all_that_was_not_taken(ends):
+    left, right, carrier = ends
+    left.send({"value": [torch.ones(BIG), torch.ones(BIG + 1)]}, soon())
+    with pytest.raises(TimedOut):
+        right.recv(Deadline(0.05, "the test"))
+    assert carrier.discarded == [BIG, BIG + 1]
+
+
+def test_small_tensors_of_the_same_message_are_no_sign_of_an_end(ends):
+    left, right, carrier = ends
+    small = torch.rand(5)
+    left.send({"value": [torch.ones(BIG), small, small + 1]}, soon())
+    receiving = Receiving(right, soon())
+    receiving.start()
+    assert carrier.is_asked.wait(10)
+    carrier.is_done.set()
+    receiving.join(10)
+    _, first, second = receiving.outcome["value"]
+    assert torch.equal(first, small)
+    assert torch.equal(second, small + 1)
+
+
+def test_the_channel_goes_on_after_a_wait(ends):
+    left, right, carrier = ends
+    carrier.is_done.set()
+    for value in (torch.ones(BIG), torch.ones(3), torch.ones(BIG)):
+        left.send({"value": value}, soon())
+        assert right.recv(soon())["value"].numel() == value.numel()
+    wait_until(lambda: not right.stream.is_readable(0.0))
