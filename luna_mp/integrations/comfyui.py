@@ -49,6 +49,10 @@ T = TypeVar("T")
 class RemoteVAE(comfy.sd.VAE):  # type: ignore[misc]  # ComfyUI has no types
     """A VAE whose network is in a service; tiles, batches and progress are ComfyUI's own here."""
 
+    def is_dynamic(self) -> bool:
+        """Newer versions ask what to forget when memory is short: this takes none."""
+        return True
+
     def __deepcopy__(self, memo: object) -> RemoteVAE:
         return self
 
@@ -58,6 +62,10 @@ class RemoteVAE(comfy.sd.VAE):  # type: ignore[misc]  # ComfyUI has no types
 
 class RemoteCLIP(comfy.sd.CLIP):  # type: ignore[misc]
     """A CLIP whose encoders are in a service; tokenizer, patches and hooks are kept here."""
+
+    def is_dynamic(self) -> bool:
+        """As a `RemoteVAE`'s."""
+        return True
 
     def __deepcopy__(self, memo: object) -> RemoteCLIP:
         return self

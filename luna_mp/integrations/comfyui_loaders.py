@@ -18,6 +18,7 @@ from luna_mp.config import ROLES, Role
 from luna_mp.errors import LunaError, ModelChanged, Unavailable
 from luna_mp.integrations.comfyui import RemoteCLIP, RemoteVAE, load_clip, load_vae
 from luna_mp.integrations.comfyui_service import Service, service
+from luna_mp.models.comfy_facts import ARITHMETIC, fast, option
 from luna_mp.report import describe
 from luna_mp.serving import Serving, serve
 
@@ -40,12 +41,10 @@ Mode = Literal["auto", "service", "local"]
 MODES: tuple[Mode, ...] = ("auto", "service", "local")
 #: flags of this ComfyUI that a service started from it gets too
 _FLAGS = (
-    *("force_fp32", "force_fp16", "fp16_vae", "fp32_vae", "bf16_vae", "cpu_vae"),
-    *("fp8_e4m3fn_text_enc", "fp8_e5m2_text_enc", "fp16_text_enc", "fp32_text_enc"),
-    *("bf16_text_enc", "fp16_intermediates", "force_channels_last", "deterministic"),
-    *("force_upcast_attention", "dont_upcast_attention", "use_split_cross_attention"),
-    *("use_quad_cross_attention", "use_pytorch_cross_attention", "use_sage_attention"),
-    *("use_flash_attention", "disable_xformers"),
+    *ARITHMETIC,
+    *("fp16_vae", "fp32_vae", "bf16_vae", "cpu_vae"),
+    *("fp8_e4m3fn_text_enc", "fp8_e5m2_text_enc", "fp8_e8m0fnu_text_enc"),
+    *("fp16_text_enc", "fp32_text_enc", "bf16_text_enc"),
 )
 
 T = TypeVar("T")
@@ -210,6 +209,5 @@ def _embeddings() -> list[str]:
 
 def _own_flags() -> list[str]:
     said = vars(comfy_args)
-    flags = [f"--{name.replace('_', '-')}" for name in _FLAGS if said.get(name) is True]
-    fast = sorted(str(getattr(item, "value", item)) for item in said.get("fast") or ())
-    return [*flags, *(["--fast", *fast] if fast else [])]
+    flags = [option(name) for name in _FLAGS if said.get(name) is True]
+    return [*flags, *(["--fast", *fast(said)] if fast(said) else [])]

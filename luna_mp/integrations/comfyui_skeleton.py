@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import comfy.sd
+import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
 from torch.overrides import TorchFunctionMode
@@ -70,9 +71,9 @@ def hollow_clip(remote: RemoteModel, embedding_directory: Any) -> Any:
     files = remote.take_files()
     states = [skeleton.restore(file) for file in files]
     options = {"initial_device": torch.device("meta")}
-    with torch.device("meta"):
+    with _WithoutWeights():
         if len(states) == 1 and is_checkpoint(states[0]):
-            return comfy.sd.load_state_dict_guess_config(
+            clip = comfy.sd.load_state_dict_guess_config(
                 states[0],
                 output_model=False,
                 output_vae=False,
@@ -80,12 +81,24 @@ def hollow_clip(remote: RemoteModel, embedding_directory: Any) -> Any:
                 te_model_options=options,
                 metadata=files[0]["metadata"] or None,
             )[1]
-        return comfy.sd.load_text_encoder_state_dicts(
-            states,
-            embedding_directory=embedding_directory,
-            clip_type=clip_type(comfy.sd, remote.spec["type"]),
-            model_options=options,
-        )
+        else:
+            clip = comfy.sd.load_text_encoder_state_dicts(
+                [_converted(*pair) for pair in zip(states, files, strict=True)],
+                embedding_directory=embedding_directory,
+                clip_type=clip_type(comfy.sd, remote.spec["type"]),
+                model_options=options,
+            )
+    clip.cond_stage_model.to("meta")
+    return clip
+
+
+def _converted(state: dict[str, Any], file: dict[str, Any]) -> dict[str, Any]:
+    """As `comfy.sd.load_clip` has it, in versions that know more than one form of quantisation."""
+    convert = getattr(comfy.utils, "convert_old_quants", None)
+    if convert is None:
+        return state
+    converted: dict[str, Any] = convert(state, "", metadata=file["metadata"])[0]
+    return converted
 
 
 def hollow_vae(remote: RemoteModel) -> Any:

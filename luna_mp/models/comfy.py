@@ -233,7 +233,7 @@ def load_clip(spec: ModelSpec, device: str, comfyui: str) -> ComfyClip:
                 te_model_options=options,
             )[1]
         else:
-            _refuse_strangers(comfy, paths)
+            _refuse_strangers(comfy, paths, spec.type)
             clip = comfy.load_clip(
                 [str(path) for path in paths],
                 embedding_directory=directories,
@@ -298,6 +298,9 @@ def import_comfy(
             arguments.cpu = device.type == "cpu"
             arguments.gpu_only = gpu_only and device.type != "cpu"
         comfy = importlib.import_module("comfy.sd")
+        # Newer versions leave this to who starts them.
+        management = importlib.import_module("comfy.model_management")
+        getattr(management, "set_cudnn_benchmark", lambda: None)()
     except (ImportError, RuntimeError, AttributeError, OSError) as exc:
         raise BadConfig(
             f"cannot import ComfyUI from {directory} in {sys.executable} "
@@ -363,7 +366,7 @@ def clip_type(comfy: Any, name: str) -> Any:
         raise BadConfig(f"ComfyUI knows no CLIP type {name!r}: use one of {known}") from exc
 
 
-def _refuse_strangers(comfy: Any, paths: list[Path]) -> None:
+def _refuse_strangers(comfy: Any, paths: list[Path], type: str) -> None:
     """ComfyUI takes weights that it does not know for a CLIP-L, and leaves that uninitialised."""
     detect = getattr(comfy, "detect_te_model", None)
     for path in filter(files.is_safetensors, paths):
@@ -373,6 +376,9 @@ def _refuse_strangers(comfy: Any, paths: list[Path]) -> None:
         if detect is None or _OPENCLIP_KEY in weights or detect(weights) is not None:
             continue
         found = f"no text encoder that this ComfyUI knows ({next(iter(weights), 'no tensors')}, …)"
+        # LTX-2 comes with a file of connectors, which ComfyUI knows by the file beside it.
+        if type == "ltxv" and len(paths) > 1:
+            continue
         remedy = "name a text encoder's file, or update ComfyUI"
         raise files.bad_model(path, found, "a text encoder's weights", remedy)
 

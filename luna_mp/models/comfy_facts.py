@@ -6,15 +6,17 @@ Both ends tell theirs in the same words; what differs is told before it changes 
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
-__all__ = ("differences", "facts")
+__all__ = ("ARITHMETIC", "differences", "facts", "fast", "option")
 
-#: flags of ComfyUI that choose other arithmetic for the same weights
-_FLAGS = (
+#: ComfyUI's flags, as its arguments are called, that choose other arithmetic for the same weights;
+#: beside "fast", which is a list
+ARITHMETIC = (
     "force_fp32",
     "force_fp16",
     "fp16_intermediates",
@@ -26,9 +28,12 @@ _FLAGS = (
     "use_pytorch_cross_attention",
     "use_sage_attention",
     "use_flash_attention",
+    "use_ck_attention",
     "disable_xformers",
+    "supports_fp8_compute",
+    "enable_triton_backend",
+    "disable_triton_backend",
     "deterministic",
-    "fast",
 )
 
 
@@ -42,9 +47,22 @@ def facts(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if is_gpu else device.type,
         "dtype": str(dtype).removeprefix("torch."),
         **({} if is_gpu else {"CPU threads": torch.get_num_threads()}),
-        **{f"--{name.replace('_', '-')}": _said(arguments.get(name)) for name in _FLAGS},
+        **{option(name): arguments.get(name) for name in ARITHMETIC},
+        "--fast": fast(arguments),
+        # Under it, which no service has, patches are laid on without rounding.
+        "dynamic VRAM": getattr(sys.modules.get("comfy.memory_management"), "aimdo_enabled", False),
         **dict(_switches()),
     }
+
+
+def option(name: str) -> str:
+    """How an argument is spelled on ComfyUI's command line, which keeps "fp8_e4m3fn" whole."""
+    return "--" + name.replace("_", "-").replace("fp8-e", "fp8_e")
+
+
+def fast(arguments: Mapping[str, Any]) -> list[str]:
+    """What `--fast` was given: a set of an enum's members."""
+    return sorted(str(getattr(item, "value", item)) for item in arguments.get("fast") or ())
 
 
 def differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
@@ -71,10 +89,3 @@ def _optional(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError:
         return None
-
-
-def _said(value: Any) -> Any:
-    """Some flags are sets of an enum's members."""
-    if isinstance(value, (set, frozenset)):
-        return sorted(str(getattr(item, "value", item)) for item in value)
-    return value

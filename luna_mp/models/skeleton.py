@@ -1,11 +1,12 @@
 """A weight file without its weights: names, shapes and dtypes, enough to build the model on meta.
 
-Loaders tell families apart by these alone. Only what they read by value comes along: tokenizers,
-which are stored as bytes.
+Loaders tell families apart by these alone. Only what they read by value comes along: tokenizers and
+descriptions of quantisation, which are stored as bytes, and single numbers.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ _DTYPES = {
     "I8": "int8",
     "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
     "I16": "int16",
     "U16": "uint16",
     "F16": "float16",
@@ -75,7 +77,7 @@ def restore(described: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def _crosses(dtype: str, shape: list[int]) -> bool:
-    return dtype == "uint8" and len(shape) == 1
+    return (dtype == "uint8" and len(shape) == 1) or math.prod(shape) == 1
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -36,11 +36,15 @@ def test_shapes_and_dtypes_come_back(described):
 
 def test_weights_do_not_come_along(described):
     found = skeleton.restore(described)
-    assert [key for key, tensor in found.items() if not tensor.is_meta] == ["pieces"]
+    assert [key for key, tensor in found.items() if not tensor.is_meta] == ["pieces", "scale"]
 
 
 def test_a_tokenizer_comes_along_by_value(described):
     assert torch.equal(skeleton.restore(described)["pieces"], STATE["pieces"])
+
+
+def test_a_scale_comes_along_by_value(described):
+    assert skeleton.restore(described)["scale"].item() == 3
 
 
 def test_metadata_come_along(tmp_path):

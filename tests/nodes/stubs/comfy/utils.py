@@ -1,0 +1,1 @@
+"""What the integration only looks for."""
