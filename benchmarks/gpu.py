@@ -37,7 +37,7 @@ INPUTS = {
     "1024² image, 12.6 MB": (1, 1024, 1024, 3),
     "2048² image, 50 MB": (1, 2048, 2048, 3),
 }
-ROUNDS = {32: 100, 64: 60, 128: 30, 256: 12}
+ROUNDS = {32: 80, 64: 50, 128: 30, 256: 10}
 CROSSING_ROUNDS = 100
 WARM_UP = 4  # rounds
 CLIENTS = 8
@@ -99,10 +99,26 @@ def _decodes(luna: Luna) -> tuple[Table, Table]:
         }
         times = _rounds(ways, ROUNDS[edge])
         name = f"{8 * edge}²"
-        found[name] = _medians(times)
+        found[name] = {**_medians(times), **_compared(times)}
         served = zip(asked, ask("parts", (), {}, 10.0), strict=True)
         parts[name] = _medians(_parts(list(served)[WARM_UP:]))
     return found, parts
+
+
+def _compared(times: dict[str, list[float]]) -> dict[str, float]:
+    """Of ways within one round, and the median of that: what drifts between rounds cancels out."""
+
+    def median(values: Iterator[float]) -> float:
+        return round(statistics.median(values), 4)
+
+    def pairs(one: str, other: str) -> Iterator[tuple[float, float]]:
+        return zip(times[one], times[other], strict=True)
+
+    return {
+        "floor - in process": median(a - b for a, b in pairs("floor", "in process")),
+        "cuda - floor": median(a - b for a, b in pairs("cuda", "floor")),
+        "cpu / in process": median(a / b for a, b in pairs("cpu", "in process to CPU")),
+    }
 
 
 def _parts(floors: list[tuple[Span, Span]]) -> dict[str, list[float]]:
@@ -207,16 +223,17 @@ def _client(path: str) -> None:
 
 def _limits(found: dict[str, Any]) -> dict[str, bool]:
     crossings, decodes, together = found["crossing"], found["decode"], found["eight clients"]
-    share = [row["cpu"] / row["in process to CPU"] for row in decodes.values()]
     return {
         "crossing returned ≤ 0.2 ms": all(row["returned"] <= 0.2 for row in crossings.values()),
         "cuda ≤ 0.25 ms over the floor": all(
-            row["cuda"] - row["floor"] <= 0.25 for row in decodes.values()
+            row["cuda - floor"] <= 0.25 for row in decodes.values()
         ),
         "floor ≤ 1 ms over in process": all(
-            row["floor"] - row["in process"] <= 1 for row in decodes.values()
+            row["floor - in process"] <= 1 for row in decodes.values()
         ),
-        "cpu ≤ 1.02 × in process with the copy, from 512² on": max(share[1:]) <= 1.02,
+        "cpu ≤ 1.02 × in process with the copy, from 512² on": all(
+            row["cpu / in process"] <= 1.02 for row in list(decodes.values())[1:]
+        ),
         "throughput ≥ 0.98": together["throughput against in process"] >= 0.98,
         "peak ≤ 1.1 × one decode + results": together["peak against 1.1 × one and results held"]
         <= 1,
