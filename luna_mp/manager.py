@@ -15,6 +15,7 @@ import os
 import selectors
 import socket
 import threading
+import time
 from functools import partial
 from multiprocessing import managers
 from typing import Any
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 256
 MAX_HANDSHAKES = 64  # strangers at once; each has five seconds
+THREAD_SECONDS = 2.0  # for the threads of connections to end once those are closed
 ACCEPT_SECONDS = 0.5  # between two looks at whether to stop
 
 
@@ -111,7 +113,9 @@ class Server(managers.Server):
         self._on_fault = on_fault
         self._identity = handshake.identity("", max_message)
         self._stop = threading.Event()
+        #: connections, until they are closed; and all threads that may not have ended yet
         self._threads: dict[threading.Thread, Stream] = {}
+        self._started: list[threading.Thread] = []
         self._busy: set[threading.Thread] = set()
         self._handshakes = 0
         self._idle = threading.Condition()
@@ -141,16 +145,22 @@ class Server(managers.Server):
                 self.listener.wake()
                 self._stop.set()
 
-    def stop(self, grace: float) -> None:
-        """Admit nobody more; give running calls `grace` seconds, then close every connection."""
+    def stop(self, grace: float) -> bool:
+        """Admit nobody more; give running calls `grace` seconds, then close every connection.
+
+        Returns whether all its threads have ended.
+        """
         self.admit_nobody()
         with self._idle:
             self._idle.wait_for(lambda: not self._busy, timeout=grace)
-            left = dict(self._threads)
-        for open_stream in left.values():
+            left = list(self._threads.values())
+            started = self._started
+        for open_stream in left:
             open_stream.wake()
-        for thread in left:
-            thread.join(timeout=1.0)
+        end = time.monotonic() + THREAD_SECONDS
+        for thread in started:
+            thread.join(max(end - time.monotonic(), 0.0))
+        return not any(thread.is_alive() for thread in started)
 
     def _admit(self, accepted: Stream) -> None:
         thread = threading.Thread(
@@ -160,12 +170,12 @@ class Server(managers.Server):
             full = len(self._threads) >= MAX_CONNECTIONS or self._handshakes >= MAX_HANDSHAKES
             if not full:
                 self._threads[thread] = accepted
+                self._started = [*filter(threading.Thread.is_alive, self._started), thread]
                 self._handshakes += 1
+                thread.start()
         if full:
             logger.warning("%r is full: a connection was refused", self)
             handshake.refuse(accepted, f"this service has its {MAX_CONNECTIONS} connections")
-            return
-        thread.start()
 
     def _handle(self, accepted: Stream) -> None:
         """Own one connection from the handshake to its end."""

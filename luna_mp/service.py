@@ -96,16 +96,16 @@ class Service:
         models = self._worker.library.to_data()
         return {**asdict(record), "device": str(self._worker.device), "models": models}
 
-    def close(self, grace: float) -> None:
-        """End both servers; calls under way get `grace` seconds."""
+    def close(self, grace: float) -> bool:
+        """End both servers; calls under way get `grace` seconds. Whether all threads have ended."""
         end = time.monotonic() + grace
         runtime.remove_record(self._directory, self._config.role, self._port)
-        for server in self._servers:
-            server.stop(max(end - time.monotonic(), 0.0))
+        have_ended = [server.stop(max(end - time.monotonic(), 0.0)) for server in self._servers]
         for thread in self._threads:
             thread.join()
         if self._exporter is not None:
             self._exporter.book.close()
+        return all(have_ended)
 
     def _serve(self, manager: type[Manager], address: Any, calls: dict[str, Any]) -> Server:
         config = self._config
@@ -214,11 +214,14 @@ def main(build: Build = _build) -> int:
     threading.Thread(target=_watch_owner, args=(service.is_stopping,), daemon=True).start()
     while not service.is_stopping.wait(STOP_SECONDS):
         pass
-    service.close(FAULT_SECONDS if service.has_lost_gpu else config.grace)
+    have_ended = service.close(FAULT_SECONDS if service.has_lost_gpu else config.grace)
     if service.has_lost_gpu:
         # Nothing that lies on the GPU can be let go of; to try may hang.
         os._exit(GPU_FAULT)
     logger.info("%s service has stopped", config.role)
+    if not have_ended:
+        # The interpreter's end would tear a thread out of torch's code, which aborts the process.
+        os._exit(0)
     return 0
 
 
