@@ -186,6 +186,7 @@ class Calls:
         with self._answerer.beside():
             packed = self._channel.pack(self._answerer.answer(request))
             packed.complete()
+            self._channel.settle(None)
         if "use" in request:
             self._sessions.agree(self._session, self._channel.carrier, request["reason"])
         return packed

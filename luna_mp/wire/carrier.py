@@ -44,20 +44,31 @@ class Outgoing:
     #: what gives back what carriers took for this message, should it never leave
     undo: list[Callable[[], None]] = field(default_factory=list)
 
+    def take_back(self) -> None:
+        """It never leaves: give back what carriers took for it."""
+        for undo in reversed(self.undo):
+            undo()
 
-@dataclass(frozen=True)
-class Incoming:
+
+class Incoming(Protocol):
     """What came beside the pickled part; buffers are read in the order they were packed."""
 
-    read_into: Callable[[memoryview], None]
-    take_fd: Callable[[], int]
     #: most bytes that one tensor may have
     limit: int
-    #: returns once the question is answered with yes; raises `TimedOut`, or `Broken` when the peer
-    #: has gone before
-    wait: Callable[[Callable[[], bool]], None]
     #: tensors are wanted in the memory of the host, wherever they are
-    to_host: bool = False
+    to_host: bool
+
+    def read_into(self, target: memoryview) -> None:
+        """The next bytes. Raises `Rejected` where fewer follow."""
+
+    def take_fd(self) -> int:
+        """The next descriptor, which the caller closes. Raises `Rejected` where there is none."""
+
+    def wait(self, is_done: Callable[[], bool]) -> None:
+        """Return once that is true of work of the peer's GPU.
+
+        Raises `TimedOut`, and `Broken` when the peer has gone before.
+        """
 
 
 class Carrier(ABC):

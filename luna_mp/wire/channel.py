@@ -11,9 +11,7 @@ import logging
 import os
 import struct
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -88,9 +86,12 @@ class Channel:
         Tensors of a GPU are sent as they will be when the work queued so far is done.
         """
         out = Outgoing()
-        with _undone_on_error(out):
+        try:
             pickled = codec.dumps(message, lambda tensor: self._pack(tensor, out))
             self._check_size(pickled.nbytes, sum(part.nbytes for part in out.parts))
+        except BaseException:
+            out.take_back()
+            raise
         return Packed(message, pickled, out)
 
     def send_packed(self, packed: Packed, deadline: Deadline) -> None:
@@ -117,20 +118,11 @@ class Channel:
         arrival = Deadline(MESSAGE_SECONDS, f"the rest of a message from {self.stream.peer}")
         pickled = bytearray(pickled_size)
         self.stream.recv_into(pickled, arrival)
-        body = _Body(self.stream, inline_size, arrival)
-        fds = self.stream.take_fds()
-
-        def wait(is_done: Callable[[], bool]) -> None:
-            body.fetch()
-            self._wait(is_done, deadline)
-
-        take_fd = partial(_next_fd, fds)
-        source = Incoming(body.read_into, take_fd, self.max_message, wait, to_host)
+        body = _Body(self.stream, inline_size, deadline, arrival, self.max_message, to_host)
         try:
-            message = codec.loads(pickled, lambda token: self._unpack(token, source), self._discard)
+            message = codec.loads(pickled, lambda token: self._unpack(token, body), self._discard)
         finally:
-            for fd in fds:
-                os.close(fd)
+            body.close()
         if body.left or not isinstance(message, dict):
             raise Rejected(f"a message from {self.stream.peer} is malformed")
         return message
@@ -157,16 +149,6 @@ class Channel:
     def _discard(self, token: Any) -> None:
         self._carriers[token[0]].discard(token[1:])
 
-    def _wait(self, is_done: Callable[[], bool], deadline: Deadline) -> None:
-        """Return once the peer's GPU is done, whose next word can only be that it is not."""
-        awake = time.perf_counter() + WAIT_AWAKE
-        while not is_done():
-            deadline.pause()
-            if self.stream.is_readable(0.0) and not is_done():
-                raise Broken(f"{self.stream.peer} ended before its GPU was done")
-            if time.perf_counter() > awake:
-                time.sleep(WAIT_SECONDS)
-
     def _check_size(self, pickled: int, inline: int) -> None:
         if pickled > MAX_PICKLED:
             raise Rejected(
@@ -188,36 +170,35 @@ class Packed(NamedTuple):
 
     def complete(self) -> None:
         """Wait for what is still on its way into it, such as copies off a GPU."""
-        with _undone_on_error(self.out):
+        try:
             for step in self.out.before:
                 step()
-
-
-@contextmanager
-def _undone_on_error(out: Outgoing) -> Iterator[None]:
-    """What never leaves gives back what carriers took for it."""
-    try:
-        yield
-    except BaseException:
-        for undo in reversed(out.undo):
-            undo()
-        raise
+        except BaseException:
+            self.out.take_back()
+            raise
 
 
 class _Body:
-    """The inline part of one message, read piece by piece straight into its tensors."""
+    """What came with one message; its inline part is read piece by piece straight into tensors."""
 
-    def __init__(self, stream: Stream, size: int, deadline: Deadline) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        size: int,
+        deadline: Deadline,
+        arrival: Deadline,
+        limit: int,
+        to_host: bool,
+    ) -> None:
+        """`deadline` is for the peer's GPU, `arrival` for the `size` bytes of the inline part."""
+        self.left = size
+        self.limit = limit
+        self.to_host = to_host
         self._stream = stream
         self._deadline = deadline
+        self._arrival = arrival
         self._here = memoryview(b"")
-        self.left = size
-
-    def fetch(self) -> None:
-        """Have the rest of it here, so that whatever else comes is another message."""
-        if len(self._here) < self.left:
-            self._here = memoryview(bytearray(self.left))
-            self._stream.recv_into(self._here, self._deadline)
+        self._fds = stream.take_fds()
 
     def read_into(self, target: memoryview) -> None:
         size = target.nbytes
@@ -227,10 +208,28 @@ class _Body:
         if self._here:
             target[:], self._here = self._here[:size], self._here[size:]
         else:
-            self._stream.recv_into(target, self._deadline)
+            self._stream.recv_into(target, self._arrival)
 
+    def take_fd(self) -> int:
+        if not self._fds:
+            raise Rejected("a shared segment came without its descriptor")
+        return self._fds.pop(0)
 
-def _next_fd(fds: list[int]) -> int:
-    if not fds:
-        raise Rejected("a shared segment came without its descriptor")
-    return fds.pop(0)
+    def wait(self, is_done: Callable[[], bool]) -> None:
+        if is_done():
+            return
+        if self.left and not self._here:
+            # With all of it here the peer's next word can only be that its GPU failed.
+            self._here = memoryview(bytearray(self.left))
+            self._stream.recv_into(self._here, self._arrival)
+        awake = time.perf_counter() + WAIT_AWAKE
+        while not is_done():
+            self._deadline.pause()
+            if self._stream.is_readable(0.0) and not is_done():
+                raise Broken(f"{self._stream.peer} ended before its GPU was done")
+            if time.perf_counter() > awake:
+                time.sleep(WAIT_SECONDS)
+
+    def close(self) -> None:
+        for fd in self._fds:
+            os.close(fd)

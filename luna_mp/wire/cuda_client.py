@@ -16,6 +16,10 @@ from luna_mp.wire.leases import Owner
 __all__ = ("Importer", "ImportingCarrier")
 
 
+PINNED_FROM = 1 << 20  # bytes; smaller copies gain nothing, and may be kept in great numbers
+MAX_REMEMBERED = 64  # results, before those that were dropped are forgotten
+
+
 class Importer:
     """The client's side: the one GPU that it computes on, torch's current one when first asked.
 
@@ -72,14 +76,17 @@ class ImportingCarrier(Carrier):
 
     def unpack(self, token: Token, source: Incoming) -> torch.Tensor:
         number, _, *where, event, must_wait = token[:9]
+        size = where[1]
         parsed = layout.parse(token[9:], source.limit)
         try:
             if must_wait:
                 source.wait(torch.cuda.Event.from_ipc_handle(self._device, event).query)
-            with torch.cuda.device(self._device):
-                run = self._opened(*where, event, must_wait)[: parsed.nbytes]
-                if source.to_host:
-                    run = torch.empty_like(run, device="cpu", pin_memory=True).copy_(run)
+            run = self._opened(*where, event, must_wait)
+            if size > parsed.nbytes:
+                run = run[: parsed.nbytes]
+            if source.to_host:
+                pin = parsed.nbytes >= PINNED_FROM
+                run = torch.empty_like(run, device="cpu", pin_memory=pin).copy_(run)
         except RuntimeError as exc:
             raise CarrierFailed(f"cuda: {str(exc).splitlines()[0]}") from exc
         if run.is_cuda:
@@ -99,25 +106,27 @@ class ImportingCarrier(Carrier):
             counter, slot = rest[:2]
             segment = self._mappings.segment(handle)
             return cuda_runtime.over(segment, size, offset, counter, slot, self._device)
-        run: torch.Tensor = reductions.rebuild_cuda_tensor(
-            torch.Tensor,
-            torch.Size((size,)),
-            (1,),
-            0,
-            torch.storage.TypedStorage,
-            torch.uint8,
-            self._device.index,
-            handle,
-            size,
-            offset,
-            False,
-            *rest,
-        )
+        with torch.cuda.device(self._device):
+            run: torch.Tensor = reductions.rebuild_cuda_tensor(
+                torch.Tensor,
+                torch.Size((size,)),
+                (1,),
+                0,
+                torch.storage.TypedStorage,
+                torch.uint8,
+                self._device.index,
+                handle,
+                size,
+                offset,
+                False,
+                *rest,
+            )
         return run
 
     def _remember(self, number: int, run: torch.Tensor) -> None:
-        for at, (_, alive) in list(self._leased.items()):
-            if alive.expired():
-                self._leased.pop(at, None)
+        if len(self._leased) > MAX_REMEMBERED:
+            for at, (_, alive) in list(self._leased.items()):
+                if alive.expired():
+                    self._leased.pop(at, None)
         storage = run.untyped_storage()
         self._leased[storage.data_ptr()] = (number, reductions.StorageWeakRef(storage))

@@ -23,15 +23,13 @@ class Segment:
     """A segment of another process, mapped until nothing refers to this; `base` is its address."""
 
     def __init__(self, handle: bytes, device: torch.device) -> None:
-        self.base = _open(handle)
+        with torch.cuda.device(device):
+            self.base = _open(handle)
         weakref.finalize(self, _close, device, self.base).atexit = False
 
 
 class Mappings:
-    """Segments of the service, kept mapped so that the next result in one costs microseconds.
-
-    On the current device of its calls, which is `device`.
-    """
+    """Segments of the service, kept mapped so that the next result in one costs microseconds."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

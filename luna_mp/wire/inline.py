@@ -6,7 +6,7 @@ import torch
 
 from luna_mp.wire import layout
 from luna_mp.wire.carrier import Carrier, Incoming, Outgoing, Token
-from luna_mp.wire.offload import bring
+from luna_mp.wire.copies import bring
 
 __all__ = ("InlineCarrier",)
 

@@ -130,6 +130,8 @@ class LeaseBook(Generic[T]):
 
         It is asked before the work, and outside the lock of the models, so nobody else waits.
         """
+        # What clients dropped since is used again for this call.
+        self.collect()
         patience = Deadline(min(WAIT_SECONDS, deadline.remaining()), "waiting for leases")
         while (held := self.leased(owner)) >= self.most:
             if patience.has_passed:

@@ -27,7 +27,7 @@ import torch
 from luna_mp.errors import Rejected
 from luna_mp.wire import layout
 from luna_mp.wire.carrier import Carrier, Incoming, NoRoom, Outgoing, Token
-from luna_mp.wire.offload import bring
+from luna_mp.wire.copies import bring
 
 __all__ = ("MAX_SEGMENT_BYTES", "ShmCarrier", "is_supported")
 

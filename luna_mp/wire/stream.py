@@ -28,6 +28,7 @@ SERVICE_SPIN = 500e-6  # a client that calls in a row is back by then
 READ_AHEAD = 8192  # bytes; more than a message without tensors has
 MAX_PARTS = 64  # of one system call
 FDS_SPACE = socket.CMSG_SPACE(MAX_FDS * 4) if hasattr(socket, "CMSG_SPACE") else 0
+TRUNCATED = int(getattr(socket, "MSG_CTRUNC", 0))
 
 Buffer = bytes | bytearray | memoryview
 
@@ -109,8 +110,7 @@ class Stream:
 
     def recv_header(self, size: int, deadline: Deadline) -> bytes:
         """Read the `size` bytes that open a message, and keep the descriptors that come along."""
-        have = len(self._ahead)
-        if have:
+        if have := len(self._ahead):
             self._buffer[:have] = bytes(self._ahead)
         while have < size:
             have += self._wait_for(
@@ -165,7 +165,7 @@ class Stream:
                 fds = array.array("i")
                 fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
                 self._fds += fds
-        if flags & socket.MSG_CTRUNC:
+        if flags & TRUNCATED:
             raise OSError(f"more than {MAX_FDS} descriptors came with one message")
         return count
 

@@ -55,7 +55,8 @@ class _Ticket:
     arrived: float = field(default_factory=time.monotonic)
     started: float = 0.0
     finished: float = 0.0
-    is_first: threading.Event = field(default_factory=threading.Event)
+    #: set when its turn has come; who is first at once has none
+    comes: threading.Event | None = None
 
     def to_data(self) -> dict[str, Any]:
         return {
@@ -98,7 +99,7 @@ class SingleFlight:
         """
         ticket = self._enter(call)
         try:
-            while not ticket.is_first.wait(LOOK_SECONDS):
+            while ticket.comes is not None and not ticket.comes.wait(LOOK_SECONDS):
                 self._check(call)
             self._check(call)
             ticket.started = time.monotonic()
@@ -109,8 +110,9 @@ class SingleFlight:
     def _enter(self, call: Call) -> _Ticket:
         ticket = _Ticket(call.client, call.method)
         with self._mutex:
+            if self._line:
+                ticket.comes = threading.Event()
             self._line.append(ticket)
-            self._line[0].is_first.set()
         return ticket
 
     def _check(self, call: Call) -> None:
@@ -120,8 +122,8 @@ class SingleFlight:
     def _leave(self, ticket: _Ticket) -> None:
         with self._mutex:
             self._line.remove(ticket)
-            if self._line:
-                self._line[0].is_first.set()
+            if self._line and (comes := self._line[0].comes) is not None:
+                comes.set()
             if not ticket.started:
                 self._dropped += 1
                 return

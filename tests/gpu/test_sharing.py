@@ -90,6 +90,17 @@ def test_decode_and_encode_have_the_same_bits(service, vae_folder, edge, dtype):
         assert_same(served.encode(image), local.encode(expected))
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("by", ["shm", "inline"])
+def test_clients_that_share_no_gpu_get_the_same_bits_on_the_cpu(service, vae, by):
+    address = {"vae": f"127.0.0.1:{service.ready['vae']['port']}"} if by == "inline" else {}
+    with service.connect(gpu=False, **address) as luna:
+        assert luna.carriers["vae"] == by
+        for edge in (8, 32, 128):
+            latent = clients.latent(edge=edge)
+            assert_same(luna.vae.decode(latent), vae.decode(latent).cpu())
+
+
 def test_killed_client_gives_its_gigabyte_back(service):
     with service.connect() as luna:
         luna.vae.decode(clients.latent(edge=128))

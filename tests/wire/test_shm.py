@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -80,6 +81,6 @@ def test_no_room_for_a_segment_sends_inline(monkeypatch):
 def test_segment_that_its_sender_could_shrink_is_refused():
     fd = os.memfd_create("test")
     os.ftruncate(fd, shm.HEADER + 4096)
-    source = shm.Incoming(lambda _: None, lambda: fd, 1 << 20, lambda _: None)
+    source = SimpleNamespace(take_fd=lambda: fd, limit=1 << 20)
     with pytest.raises(Rejected, match="not what its sender says"):
         ShmCarrier().unpack((1, 4096, "", (), "uint8", (10,), (1,), False), source)
