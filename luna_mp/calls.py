@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
@@ -162,14 +163,17 @@ class Calls:
         return packed
 
     def _see_to_the_end(self, after: Fence | None) -> None:
-        """Return when the GPU is done, or the client wants something else.
+        """Return when the GPU is done, or the client has another request.
 
         Until then the call counts as under way; and a fault of its work shows here, since its
-        client, which waits for the same event, would never see one.
+        client, which waits for the same event, would never see one. A client that has gone is no
+        reason to go on: to unpin its memory would make every thread wait for the GPU.
         """
         while after is not None and not after.query():
             if self._channel.stream.is_readable(WORK_SECONDS):
-                return
+                if not self._channel.stream.has_closed:
+                    return
+                time.sleep(WORK_SECONDS)
 
     def _give_up(self, fault: BaseException) -> NoReturn:
         """Tell the service, then the client, that this process can use its GPU no more."""

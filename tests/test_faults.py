@@ -212,10 +212,24 @@ def test_a_call_is_under_way_until_the_gpu_is_done(tmp_path):
         assert not stopping.is_alive()
 
 
+def test_a_client_that_has_gone_is_kept_until_the_gpu_is_done(tmp_path):
+    work = Work()
+    with served(replies_early(work), str(tmp_path / "sock")) as server:
+        with endpoint(server) as client:
+            client.call("method", (), {}, 10.0)
+        looks = work.looks
+        wait_until(lambda: work.looks > looks + 2)
+        assert "1 connections" in repr(server)
+        work.may_end.set()
+        wait_until(lambda: "0 connections" in repr(server))
+
+
 def test_the_next_request_is_taken_while_the_gpu_still_works(tmp_path):
-    with served(replies_early(Work()), str(tmp_path / "sock")) as server:
+    work = Work()
+    with served(replies_early(work), str(tmp_path / "sock")) as server:
         with endpoint(server) as client:
             assert [client.call("method", (), {}, 10.0) for _ in range(2)] == ["queued"] * 2
+            work.may_end.set()
 
 
 def test_a_fault_ends_the_connection_and_is_told_once(tmp_path):

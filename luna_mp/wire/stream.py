@@ -24,6 +24,8 @@ CONNECT_RETRY = 0.01  # seconds; Linux answers EAGAIN while the backlog of a Uni
 # awake. Longer than this nobody spins: a client for its answer, a service for the next request,
 # shorter since it has other threads to run.
 CLIENT_SPIN = 1e-3  # seconds; a cached encoding is there by then
+CLIENT_DOZE = 0.25  # seconds after that, of naps, from which a thread wakes in half the time
+NAP = 50e-6  # seconds
 SERVICE_SPIN = 500e-6  # a client that calls in a row is back by then
 READ_AHEAD = 8192  # bytes; more than a message without tensors has
 MAX_PARTS = 64  # of one system call
@@ -58,9 +60,12 @@ class Stream:
     where a message starts: close it.
     """
 
-    def __init__(self, sock: socket.socket, peer: str, spin: float = SERVICE_SPIN) -> None:
+    def __init__(
+        self, sock: socket.socket, peer: str, spin: float = SERVICE_SPIN, doze: float = 0.0
+    ) -> None:
         self._sock = sock
         self._spin = spin
+        self._doze = doze
         self.peer = peer
         self.is_local = sock.family == getattr(socket, "AF_UNIX", None)
         self._fds: list[int] = []
@@ -114,7 +119,7 @@ class Stream:
             self._buffer[:have] = bytes(self._ahead)
         while have < size:
             have += self._wait_for(
-                self._recv_with_fds, (self._buffer[have:],), deadline, self._spin
+                self._recv_with_fds, (self._buffer[have:],), deadline, self._spin, self._doze
             )
         self._ahead = self._buffer[size:have]
         return bytes(self._buffer[:size])
@@ -125,14 +130,21 @@ class Stream:
         arguments: tuple[Any, ...],
         deadline: Deadline,
         spin: float = 0.0,
+        doze: float = 0.0,
     ) -> int:
         """Do it, within the deadline; zero bytes mean that the peer has closed."""
-        until = time.perf_counter() + spin if spin else 0.0
+        start = time.perf_counter() if spin else 0.0
         while True:
             try:
                 count = operation(*arguments)
             except (BlockingIOError, InterruptedError):
-                if not (spin and time.perf_counter() < until):
+                waited = time.perf_counter() - start
+                if spin and waited < spin:
+                    continue
+                if waited < spin + doze:
+                    deadline.pause()
+                    time.sleep(NAP)
+                else:
                     self._block(is_sending=operation == self._send, deadline=deadline)
                 continue
             except OSError as exc:
@@ -188,6 +200,18 @@ class Stream:
             return bool(self._poll.poll(1e3 * seconds))
         return bool(select.select([self._sock], [], [], seconds)[0])
 
+    @property
+    def has_closed(self) -> bool:
+        """True once the peer has closed and nothing that it sent is left to be read."""
+        if self._sock.fileno() < 0:
+            return True
+        try:
+            return not self._ahead and not self._sock.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True  # the connection broke, which the next read says as it should
+
     def wake(self) -> None:
         """End, from another thread, whatever the owner waits for on this stream."""
         try:
@@ -205,11 +229,11 @@ def connect(address: str | tuple[str, int], deadline: Deadline) -> Stream:
     """Connect to a Unix socket's path or to (host, port); raises `Unavailable`."""
     peer = address if isinstance(address, str) else f"{address[0]}:{address[1]}"
     try:
-        if not isinstance(address, str):
-            return Stream(
-                socket.create_connection(address, deadline.remaining()), peer, CLIENT_SPIN
-            )
-        return Stream(_connect_unix(address, deadline), peer, CLIENT_SPIN)
+        if isinstance(address, str):
+            sock = _connect_unix(address, deadline)
+        else:
+            sock = socket.create_connection(address, deadline.remaining())
+        return Stream(sock, peer, CLIENT_SPIN, CLIENT_DOZE)
     except OSError as exc:
         raise _translated(exc, peer, deadline) from exc
 

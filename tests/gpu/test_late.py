@@ -64,6 +64,12 @@ def replies(luna, count):
     return "decode" in methods and methods["decode"]["calls"] >= count
 
 
+def arrived(luna):
+    """How many calls the service has read, done or not."""
+    queue = luna.status("vae")["queue"]
+    return len(queue["line"]) + queue["methods"]["decode"]["calls"]
+
+
 @pytest.mark.parametrize("device", ["", "cpu"])
 @pytest.mark.parametrize("allocator", ["native", "async"])
 def test_call_of_a_service_killed_after_its_reply_fails_and_the_next_one_works(
@@ -85,11 +91,14 @@ def test_waiting_calls_fail_within_a_second_of_the_kill(service):
     with luna_mp.connect() as luna:
         calls = [Decoding(luna) for _ in range(4)]
         # One has its reply, one waits with its input for the GPU, and two are in line.
-        wait_until(lambda: replies(luna, 1))
+        wait_until(lambda: replies(luna, 1) and arrived(luna) == 4)
         killed = time.monotonic()
         os.kill(service.ready["vae"]["pid"], signal.SIGKILL)
         for call in calls:
             call.join(5)
+        waiting = [call for call in calls if call.ended > killed]
+        assert len(waiting) >= 2
+        for call in waiting:
             assert isinstance(call.outcome, errors.Broken)
             assert call.ended - killed < 1.0
         assert torch.ones(3, device="cuda").sum().item() == 3
