@@ -26,7 +26,7 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "backend:cudaMallocAsync")
 import torch
 
 import luna_mp
-from luna_mp.models.comfy import import_comfy
+from luna_mp.models.comfy_import import import_comfy
 from tests.models import comfy_makers
 
 EDGES = {512: 30, 1024: 30, 2048: 8}

@@ -160,7 +160,7 @@ def _build(config: ServiceConfig) -> Worker[Any]:
 
     device = claim(config.device)
     if config.comfyui:
-        from luna_mp.models.comfy import import_comfy
+        from luna_mp.models.comfy_import import import_comfy
 
         import_comfy(config.comfyui, device, config.comfyui_flags)
     # ComfyUI's loaders name files; nobody wants the demo model beside them.

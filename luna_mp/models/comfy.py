@@ -1,17 +1,12 @@
-"""Models that ComfyUI's own loaders load: every family that the given ComfyUI knows.
-
-ComfyUI is imported into this process, headless: only a service may do that, since it puts
-ComfyUI's directory, with its top-level modules, on the import path.
-"""
+"""Models that ComfyUI's own loaders load: every family that the given ComfyUI knows."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
 import inspect
-import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,13 +15,13 @@ import torch
 from luna_mp.errors import BadConfig, Rejected
 from luna_mp.models import files
 from luna_mp.models.base import ClipModel, Conditioning, ModelSpec, Place, VaeModel, at_once
+from luna_mp.models.comfy_import import import_comfy
 
 __all__ = (
     "ComfyClip",
     "ComfyVae",
     "NamedPatches",
     "clip_type",
-    "import_comfy",
     "is_checkpoint",
     "load_clip",
     "load_vae",
@@ -92,8 +87,12 @@ class ComfyVae(VaeModel):
         needed = estimate(tensor.shape, vae.vae_dtype)
         full = vae.disable_offload
         management.load_models_gpu([vae.patcher], memory_required=needed, force_full_load=full)
-        most = max(1, int(management.get_free_memory(vae.device) / max(1, needed)))
         work = getattr(vae.first_stage_model, method)
+        if len(tensor) == 1:
+            # To ask for the free memory takes ComfyUI longer than all else here.
+            result: torch.Tensor = work(tensor.to(vae.device), **options)
+            return result
+        most = max(1, int(management.get_free_memory(vae.device) / max(1, needed)))
         parts = [work(part.to(vae.device), **options) for part in tensor.split(most)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -277,56 +276,6 @@ def load_vae(spec: ModelSpec, device: str, comfyui: str) -> ComfyVae:
         remedy = "name a VAE's file, or update ComfyUI"
         raise files.bad_model(path, found, "a VAE, or a checkpoint with one", remedy)
     return ComfyVae(vae, target)
-
-
-def import_comfy(
-    directory: str, device: torch.device, flags: Sequence[str] = (), gpu_only: bool = True
-) -> Any:
-    """Import `comfy.sd` from a ComfyUI checkout; the command line stays ours. Raises `BadConfig`.
-
-    The first call of a process decides the device, "cpu" or else the first GPU, where ComfyUI
-    then keeps models and (with `gpu_only`) results, and the `flags` of its own command line.
-    """
-    root = Path(directory).resolve()
-    if not (root / "comfy" / "sd.py").is_file():
-        raise BadConfig(f"no ComfyUI in {directory}: name the directory that holds comfy/sd.py")
-    if "comfy.sd" not in sys.modules:
-        sys.path.insert(0, str(root))
-    try:
-        arguments = _arguments(flags)
-        if "comfy.model_management" not in sys.modules:
-            arguments.cpu = device.type == "cpu"
-            arguments.gpu_only = gpu_only and device.type != "cpu"
-        comfy = importlib.import_module("comfy.sd")
-        # Newer versions leave this to who starts them.
-        management = importlib.import_module("comfy.model_management")
-        getattr(management, "set_cudnn_benchmark", lambda: None)()
-    except (ImportError, RuntimeError, AttributeError, OSError) as exc:
-        raise BadConfig(
-            f"cannot import ComfyUI from {directory} in {sys.executable} "
-            f"({type(exc).__name__}: {exc}): run the service with ComfyUI's own interpreter"
-        ) from exc
-    if not Path(str(comfy.__file__)).resolve().is_relative_to(root):
-        text = f"ComfyUI was imported from {comfy.__file__} before, not from {directory}"
-        raise BadConfig(f"{text}: use one ComfyUI per process")
-    return comfy
-
-
-def _arguments(flags: Sequence[str]) -> Any:
-    """ComfyUI's arguments, parsed by itself from `flags` where this is the first import of them.
-
-    Raises `BadConfig`; what its parser has to say stands in the service's log.
-    """
-    options: Any = importlib.import_module("comfy.options")
-    before = sys.argv, options.args_parsing
-    sys.argv, options.args_parsing = ["main.py", *flags], True
-    try:
-        return importlib.import_module("comfy.cli_args").args
-    except SystemExit as exc:
-        text = f"ComfyUI does not take the flags {' '.join(flags)!r}"
-        raise BadConfig(f"{text}: see its main.py --help") from exc
-    finally:
-        sys.argv, options.args_parsing = before
 
 
 def _existing_files(spec: ModelSpec) -> list[Path]:

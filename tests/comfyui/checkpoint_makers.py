@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from luna_mp.models.comfy import import_comfy
+from luna_mp.models.comfy_import import import_comfy
 
 #: ComfyUI's own description of SD 1.5, which it finds by these shapes
 _UNET = {

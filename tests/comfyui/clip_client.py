@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from luna_mp.models.comfy import import_comfy
+from luna_mp.models.comfy_import import import_comfy
 from tests.comfyui import checkpoint_makers
 from tests.same import bits
 

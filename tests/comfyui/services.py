@@ -18,7 +18,7 @@ COMFYUI = shrunken.comfyui()
 @pytest.fixture(scope="session")
 def comfy():
     """ComfyUI's modules, and ours that need them: not before a test asks for them."""
-    from luna_mp.models.comfy import import_comfy
+    from luna_mp.models.comfy_import import import_comfy
 
     import_comfy(COMFYUI, torch.device("cpu"))
     # ComfyUI's directory comes first now: `nodes` is its module
