@@ -2,12 +2,14 @@
 
 `COMFYUI_PATH=… python -m benchmarks.comfyui OUTPUT_FOLDER` writes comfyui.json and comfyui.md. The
 models are SDXL's architectures with random weights, loaded by ComfyUI's own loaders on both sides;
-latents come from the CPU and images go there, as ComfyUI has it. Local and proxy take turns; every
-result is compared in passing. Figures are medians, in milliseconds.
+latents come from the CPU and images go there, as ComfyUI has it. Local and proxy take turns at
+being first; every result is compared in passing. Figures are medians, in milliseconds; of the
+proxy's time, `call` is what the service took, on the wire and off.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -61,10 +63,12 @@ def _vae(comfy: Any, files: dict[str, Any]) -> dict[str, Any]:
     local = comfy.VAE(sd=state)
     remote, differences = comfyui.load_vae(service("vae"))
     rows = []
+    calls = _timed(remote.first_stage_model.remote.service)
     for edge, rounds in EDGES.items():
         latents = torch.randn(rounds + 3, 1, 4, edge // 8, edge // 8)
         pairs = [_pair(lambda z=z: local.decode(z), lambda z=z: remote.decode(z)) for z in latents]
-        rows.append({"what": f"VAEDecode {edge}²", **_summary(pairs[3:])})
+        call = statistics.median(calls[-rounds:])
+        rows.append({"what": f"VAEDecode {edge}²", **_summary(pairs[3:]), "call": call})
     return {"vae": rows, "carrier": service("vae").carrier, "differences": differences}
 
 
@@ -97,21 +101,42 @@ def _clip(comfy: Any, files: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _pair(*ways: Way) -> tuple[float, ...]:
-    """Milliseconds of each; the results are the same bits."""
-    results, times = [], []
-    for way in ways:
+def _timed(service: Any) -> list[float]:
+    """Milliseconds of each call of that service from now on."""
+    times: list[float] = []
+    make = service.call
+
+    def call(*args: Any, **options: Any) -> Any:
         start = time.perf_counter()
-        results.append(way())
+        result = make(*args, **options)
         times.append(1e3 * (time.perf_counter() - start))
-    first, second = results
-    assert torch.equal(first, second) and first.stride() == second.stride()
-    return tuple(times)
+        return result
+
+    service.call = call
+    return times
 
 
-def _summary(pairs: list[tuple[float, ...]]) -> dict[str, Any]:
+_turns = itertools.count()
+
+
+def _pair(local: Way, proxy: Way) -> tuple[float, float]:
+    """Milliseconds of each; the results are the same bits."""
+    results: dict[Way, torch.Tensor] = {}
+    times: dict[Way, float] = {}
+    for way in (local, proxy) if next(_turns) % 2 else (proxy, local):
+        start = time.perf_counter()
+        results[way] = way()
+        times[way] = 1e3 * (time.perf_counter() - start)
+    here, there = results[local], results[proxy]
+    assert torch.equal(here, there) and here.stride() == there.stride()
+    return times[local], times[proxy]
+
+
+def _summary(pairs: list[tuple[float, float]]) -> dict[str, Any]:
+    """`ratio`: the median of those within one pair."""
     local, proxy = (statistics.median(column) for column in zip(*pairs, strict=True))
-    return {"local": local, "proxy": proxy, "ratio": proxy / local, "rounds": len(pairs)}
+    ratio = statistics.median(there / here for here, there in pairs)
+    return {"local": local, "proxy": proxy, "ratio": ratio, "rounds": len(pairs), "call": 0.0}
 
 
 def _machine() -> dict[str, Any]:
@@ -131,9 +156,9 @@ def _table(report: dict[str, Any]) -> str:
         "# ComfyUI, local against proxy\n\n"
         "{gpu}, driver {driver}, torch {torch}, client allocator {allocator}, commit {commit}; "
         "VAE by {carrier}. Milliseconds, medians.\n\n"
-        "| | local | proxy | ratio | rounds |\n|---|---|---|---|---|\n"
+        "| | local | proxy | ratio | rounds | call |\n|---|---|---|---|---|---|\n"
     )
-    row = "| {what} | {local:.2f} | {proxy:.2f} | {ratio:.3f} | {rounds} |\n"
+    row = "| {what} | {local:.2f} | {proxy:.2f} | {ratio:.3f} | {rounds} | {call:.2f} |\n"
     rows = report["vae"] + report["clip"]
     return head.format(**report) + "".join(row.format(**each) for each in rows)
 
