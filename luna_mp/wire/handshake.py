@@ -36,7 +36,7 @@ __all__ = ("PROTOCOL", "Identity", "answer", "greet", "identity", "refuse")
 
 logger = logging.getLogger(__name__)
 
-PROTOCOL = 1
+PROTOCOL = 2
 LENGTH = struct.Struct("!H")
 NONCE_BYTES = 32
 SECONDS = 5.0  # for the whole handshake
@@ -65,8 +65,15 @@ class Identity:
     def from_data(cls, data: Any) -> Identity:
         try:
             numbers = {name: int(data[name]) for name in ("pid", "max_message")}
-            return cls(**{**data, **numbers, "gpus": tuple(data["gpus"])})
-        except (TypeError, KeyError, ValueError) as exc:
+            texts = {
+                name: str(data[name]) for name in ("client_id", "boot_id", "platform", "torch")
+            }
+            typed = {**numbers, **texts, "created": float(data["created"])}
+            found = cls(**{**data, **typed, "gpus": tuple(map(str, data["gpus"]))})
+            if found.pid <= 0 or found.max_message <= 0:
+                raise ValueError("a number that is not above zero")
+            return found
+        except (TypeError, KeyError, ValueError, OverflowError) as exc:
             raise Rejected(f"an identity is malformed: {data!r:.200}") from exc
 
 

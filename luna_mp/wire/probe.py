@@ -63,7 +63,7 @@ def choose(
     """
     reason = "" if channel.stream.is_local else "the service is reached over TCP"
     if not reason and not shm.is_supported():
-        reason = "shm: this system has neither memfd nor named sections"
+        reason = "shm: this system has no memfd"
     if not reason:
         reason = _attempt(channel, "shm", partial(_try_shm, channel, pin=importer is not None))
     if not reason and importer is not None:

@@ -9,17 +9,14 @@ The sender takes a free segment, sets the word, writes the run and sends the seg
 receiver's tensor lies over the mapping; when its memory is let go, the receiver clears the word.
 Only the sender sets it and only the receiver clears it, so no message and no lock is needed.
 
-Segments have no name in any file system: Linux passes a sealed memfd beside the message that uses
-it first, Windows shares a section object that ends with its last handle. So nothing is left behind,
-whichever end is killed.
+Segments have no name in any file system: a sealed memfd travels beside the message that uses it
+first. So nothing is left behind, whichever end is killed.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
-import secrets
-import sys
 import weakref
 
 import torch
@@ -28,6 +25,7 @@ from luna_mp.errors import Rejected
 from luna_mp.wire import layout
 from luna_mp.wire.carrier import Carrier, Incoming, NoRoom, Outgoing, Token
 from luna_mp.wire.copies import bring
+from luna_mp.wire.stream import MAX_FDS
 
 __all__ = ("MAX_SEGMENT_BYTES", "ShmCarrier", "is_supported")
 
@@ -41,7 +39,7 @@ FREE, LENT = b"\0", b"\1"
 
 
 def is_supported() -> bool:
-    return hasattr(os, "memfd_create") or sys.platform == "win32"
+    return hasattr(os, "memfd_create")
 
 
 class ShmCarrier(Carrier):
@@ -68,11 +66,11 @@ class ShmCarrier(Carrier):
         bring(run, segment.run(run.numel()), out)
         dropped, self._dropped = tuple(self._dropped), []
         out.undo.append(lambda: self._dropped.extend(dropped))
-        return (number, segment.capacity, segment.name, dropped, *how)
+        return (number, segment.capacity, dropped, *how)
 
     def unpack(self, token: Token, source: Incoming) -> torch.Tensor:
         match token:
-            case (int(number), int(capacity), str(name), tuple(dropped), *how):
+            case (int(number), int(capacity), tuple(dropped), *how):
                 parsed = layout.parse(tuple(how), source.limit)
             case _:
                 raise Rejected(f"a shared tensor's token is malformed: {str(token)[:200]}")
@@ -82,7 +80,7 @@ class ShmCarrier(Carrier):
         if segment is None:
             if len(self._theirs) >= MAX_SEGMENTS or not 0 < capacity <= source.limit * 2:
                 raise Rejected(f"segment {number} of {capacity} bytes is over the limit")
-            segment = self._theirs[number] = _attach(name, capacity, source, self._pin)
+            segment = self._theirs[number] = _attach(capacity, source, self._pin)
         if parsed.nbytes > segment.capacity:
             raise Rejected(f"{parsed.nbytes} bytes in a segment of {segment.capacity} bytes")
         return layout.restore(parsed, segment.lend(parsed.nbytes))
@@ -110,6 +108,8 @@ class ShmCarrier(Carrier):
         return self._create(capacity, out)
 
     def _create(self, capacity: int, out: Outgoing) -> tuple[int, _Segment]:
+        if len(out.fds) >= MAX_FDS:
+            raise NoRoom(f"a message brings {MAX_FDS} new segments at most")
         segment, fd = _create(capacity, self._pin)
         self._next += 1
         number = self._next
@@ -117,9 +117,8 @@ class ShmCarrier(Carrier):
         segment.last_round = self._round
         # If the message never leaves, the peer never learns of the segment.
         out.undo.append(lambda: self._mine.__delitem__(number))
-        if fd >= 0:
-            out.fds.append(fd)
-            out.kept.append(_Descriptor(fd))
+        out.fds.append(fd)
+        out.kept.append(_Descriptor(fd))
         return number, segment
 
     def _is_stale(self, segment: _Segment) -> bool:
@@ -138,9 +137,8 @@ class ShmCarrier(Carrier):
 class _Segment:
     """One mapping, of this process; it ends when nothing refers to it, tensors included."""
 
-    def __init__(self, memory: mmap.mmap, name: str, pin: bool) -> None:
+    def __init__(self, memory: mmap.mmap, pin: bool) -> None:
         self._memory = memory
-        self.name = name
         self.capacity = len(memory) - HEADER
         self.last_round = 0
         if pin:
@@ -180,36 +178,31 @@ def _rounded_up(nbytes: int) -> int:
 
 
 def _create(capacity: int, pin: bool) -> tuple[_Segment, int]:
-    """A segment and the descriptor to send, or -1 where a name does that work."""
-    size = capacity + HEADER
-    if sys.platform == "win32":
-        name = f"luna-mp-{secrets.token_hex(16)}"
-        return _Segment(mmap.mmap(-1, size, tagname=name), name, pin), -1
-    import fcntl
+    """A segment and the descriptor to send. Raises `NoRoom`."""
+    import fcntl  # not on Windows, where this carrier is never agreed on
 
+    size = capacity + HEADER
     fd = os.memfd_create("luna-mp", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         # Without this a full machine kills with SIGBUS whoever writes first.
         os.posix_fallocate(fd, 0, size)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-        return _Segment(mmap.mmap(fd, size), "", pin), fd
+        return _Segment(mmap.mmap(fd, size), pin), fd
     except OSError as exc:
         os.close(fd)
         raise NoRoom(f"no shared memory for {size} bytes: {exc.strerror}") from exc
 
 
-def _attach(name: str, capacity: int, source: Incoming, pin: bool) -> _Segment:
-    size = capacity + HEADER
-    if sys.platform == "win32":
-        return _Segment(mmap.mmap(-1, size, tagname=name), name, pin)
+def _attach(capacity: int, source: Incoming, pin: bool) -> _Segment:
     import fcntl
 
+    size = capacity + HEADER
     fd = source.take_fd()
     try:
         seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
         if not seals & fcntl.F_SEAL_SHRINK or os.fstat(fd).st_size != size:
             raise Rejected(f"a shared segment of {size} bytes is not what its sender says")
-        return _Segment(mmap.mmap(fd, size), name, pin)
+        return _Segment(mmap.mmap(fd, size), pin)
     except OSError as exc:
         raise Rejected(f"a shared segment of {size} bytes cannot be mapped: {exc}") from exc
     finally:

@@ -11,9 +11,11 @@ import torch
 from luna_mp.errors import Rejected
 from luna_mp.wire import shm
 from luna_mp.wire.shm import ShmCarrier
+from luna_mp.wire.stream import MAX_FDS
 from tests.wire.pair import channels, crossed
 
 BIG = 1 << 20  # elements
+SMALL = 20_000  # elements; more than what is sent inline for being small
 
 pytestmark = pytest.mark.skipif(not shm.is_supported(), reason="no shared memory here")
 
@@ -66,6 +68,14 @@ def test_nothing_is_left_when_both_ends_close():
     assert descriptors() == before
 
 
+def test_a_message_of_many_tensors_brings_as_many_segments_as_descriptors_may_travel():
+    with channels(ShmCarrier) as (left, right):
+        sent = [torch.full((SMALL,), float(i)) for i in range(40)]
+        got = crossed(left, right, sent)
+        assert [tensor[0].item() for tensor in got] == list(range(40))
+        assert segments(left) == MAX_FDS
+
+
 def test_no_room_for_a_segment_sends_inline(monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -83,4 +93,4 @@ def test_segment_that_its_sender_could_shrink_is_refused():
     os.ftruncate(fd, shm.HEADER + 4096)
     source = SimpleNamespace(take_fd=lambda: fd, limit=1 << 20)
     with pytest.raises(Rejected, match="not what its sender says"):
-        ShmCarrier().unpack((1, 4096, "", (), "uint8", (10,), (1,), False), source)
+        ShmCarrier().unpack((1, 4096, (), "uint8", (10,), (1,), False), source)
