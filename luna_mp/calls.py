@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from luna_mp.deadline import Deadline
-from luna_mp.errors import Broken, LunaError, Rejected, RemoteFailure, TimedOut
-from luna_mp.faults import is_gpu_fault
+from luna_mp.deadline import Deadline, Patience
+from luna_mp.errors import Broken, LunaError, OutOfMemory, Rejected, RemoteFailure, TimedOut
+from luna_mp.faults import is_gpu_fault, is_out_of_memory
 from luna_mp.sessions import Session, Sessions
 from luna_mp.wire.carrier import Fence
 from luna_mp.wire.channel import Channel, Packed
@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 __all__ = ("Call", "Calls", "Exposed", "OnFault")
 
 IDLE_SECONDS = 3600.0  # a client that needs a connection again opens one in a millisecond
-SEND_SECONDS = 60.0  # for a client to take its reply
+SEND_SECONDS = 60.0  # for a client to take more of its reply
 REFUSAL_SECONDS = 5.0
 MAX_CALL_SECONDS = 24 * 3600.0
 WORK_SECONDS = 5e-3  # between two looks at whether the GPU is done, after the reply has left
+LONGEST_WORK = 3600.0  # seconds that a GPU is given to be done
 
 Exposed = Mapping[str, Callable[..., Any]]
 #: told, before the client is, of an error that leaves the process without its GPU
@@ -150,10 +151,11 @@ class Calls:
         self._channel.settle(after)
         if "method" in request:
             self._sessions.count(self._session, failed="error" in packed.message)
-        self._channel.send_packed(
-            packed, Deadline(SEND_SECONDS, f"{self._channel.stream.peer} taking its reply")
-        )
-        self._see_to_the_end(after)
+        try:
+            taking = f"{self._channel.stream.peer} taking more of its reply"
+            self._channel.send_packed(packed, Patience(SEND_SECONDS, taking))
+        finally:
+            self._see_to_the_end(after)
 
     def _run(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Packed:
         with call:
@@ -169,7 +171,8 @@ class Calls:
         client, which waits for the same event, would never see one. A client that has gone is no
         reason to go on: to unpin its memory would make every thread wait for the GPU.
         """
-        while after is not None and not after.query():
+        limit = Deadline(LONGEST_WORK, "the GPU")
+        while after is not None and not after.query() and not limit.has_passed:
             if self._channel.stream.is_readable(WORK_SECONDS):
                 if not self._channel.stream.has_closed:
                     return
@@ -218,4 +221,5 @@ class Calls:
 def _failure(exc: Exception) -> dict[str, Any]:
     text = str(exc) if isinstance(exc, LunaError) else f"{type(exc).__name__}: {exc}"
     trace = "".join(traceback.format_exception(exc))
-    return {"error": text, "kind": type(exc).__name__, "traceback": trace}
+    kind = OutOfMemory.__name__ if is_out_of_memory(exc) else type(exc).__name__
+    return {"error": text, "kind": kind, "traceback": trace}

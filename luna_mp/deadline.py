@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from luna_mp.errors import TimedOut
 
-__all__ = ("Deadline",)
+__all__ = ("Deadline", "Patience")
 
 
 CHECK_SECONDS = 0.1  # between two questions whether a wait is still wanted
@@ -19,7 +19,7 @@ class Deadline:
     `check` is asked all the while, and raises when the wait is not wanted any more.
     """
 
-    __slots__ = ("_at", "_check", "seconds", "what")
+    __slots__ = ("_asked", "_at", "_check", "seconds", "what")
 
     def __init__(
         self, seconds: float, what: str, check: Callable[[], object] | None = None
@@ -28,6 +28,7 @@ class Deadline:
         self.what = what
         self._check = check
         self._at = time.monotonic() + seconds
+        self._asked = 0.0
 
     def __repr__(self) -> str:
         return f"<Deadline {self.what}: {self._at - time.monotonic():.3f} s left>"
@@ -48,8 +49,23 @@ class Deadline:
         left = self.remaining()
         if self._check is None:
             return left
-        self._check()
+        # Who naps for microseconds asks often.
+        if (now := time.monotonic()) - self._asked >= CHECK_SECONDS:
+            self._asked = now
+            self._check()
         return min(left, CHECK_SECONDS)
+
+    def progress(self) -> None:
+        """Some of what was waited for is done; the rest has the same end."""
 
     def error(self) -> TimedOut:
         return TimedOut(f"{self.what} took longer than {self.seconds:g} s")
+
+
+class Patience(Deadline):
+    """A deadline for the next bit of progress, however long the whole takes."""
+
+    __slots__ = ()
+
+    def progress(self) -> None:
+        self._at = time.monotonic() + self.seconds

@@ -170,12 +170,23 @@ class Server(managers.Server):
             full = len(self._threads) >= MAX_CONNECTIONS or self._handshakes >= MAX_HANDSHAKES
             if not full:
                 self._threads[thread] = accepted
-                self._started = [*filter(threading.Thread.is_alive, self._started), thread]
                 self._handshakes += 1
-                thread.start()
+                full = not self._start(thread)
         if full:
             logger.warning("%r is full: a connection was refused", self)
             handshake.refuse(accepted, f"this service has its {MAX_CONNECTIONS} connections")
+
+    def _start(self, thread: threading.Thread) -> bool:
+        """False where the system gives no more threads."""
+        try:
+            thread.start()
+        except RuntimeError as exc:
+            logger.warning("%r: %s", self, exc)
+            self._handshakes -= 1
+            del self._threads[thread]
+            return False
+        self._started = [*filter(threading.Thread.is_alive, self._started), thread]
+        return True
 
     def _handle(self, accepted: Stream) -> None:
         """Own one connection from the handshake to its end."""

@@ -232,6 +232,27 @@ def test_the_next_request_is_taken_while_the_gpu_still_works(tmp_path):
             work.may_end.set()
 
 
+class FullCarrier(FaultyCarrier):
+    """Finds no memory on the GPU for what it is to send."""
+
+    def _meet(self, place):
+        if place == self._place:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+
+def test_a_result_for_which_there_is_no_room_is_a_lack_of_memory(tmp_path):
+    with channels() as (left, right):
+        left.use(FaultyCarrier())
+        right.use(FullCarrier("pack"))
+        left.send(request("echo", torch.zeros(BIG)), soon())
+        sessions, identity = Sessions(), handshake.identity("", LIMIT)
+        answerer = Answerer(right, identity, FaultyExporter())
+        session = sessions.join(identity, "local")
+        calls = Calls("vae", EXPOSED, right, session, sessions, answerer, None)
+        calls.answer(calls.next())
+        assert left.recv(soon())["kind"] == "OutOfMemory"
+
+
 def test_a_fault_ends_the_connection_and_is_told_once(tmp_path):
     noted = []
     with served(EXPOSED, str(tmp_path / "sock"), on_fault=noted.append) as server:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import struct
 import threading
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -250,3 +251,28 @@ def test_impostor_cannot_pass_by_relaying_between_two_clients():
         end.close()
     impostor.close()
     assert failures == [errors.WrongKey] * 2
+
+
+def test_a_service_without_threads_to_spare_refuses_and_goes_on(server, monkeypatch):
+    def fail(thread):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        connected = stream.connect(server.address, Deadline(5, "the test"))
+        wait_until(lambda: connected.is_readable(0.0))
+        connected.close()
+    with endpoint(server) as client:
+        assert client.call("echo", (1,), {}, 5.0) == [1, {}]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"pid": -1}, {"pid": "x"}, {"created": "then"}, {"gpus": None}, {"max_message": 0}],
+    ids=str,
+)
+def test_an_identity_of_wrong_types_is_rejected(wrong):
+    good = asdict(handshake.identity("", LIMIT))
+    assert handshake.Identity.from_data(good).client_id
+    with pytest.raises(errors.Rejected, match="an identity is malformed"):
+        handshake.Identity.from_data({**good, **wrong})

@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from luna_mp.deadline import Deadline
-from luna_mp.errors import Broken, Rejected
+from luna_mp.deadline import Deadline, Patience
+from luna_mp.errors import Broken, Rejected, TimedOut
 from luna_mp.wire import codec
 from luna_mp.wire.carrier import Carrier, Fence, Incoming, NoRoom, Outgoing, Token
 from luna_mp.wire.inline import InlineCarrier
-from luna_mp.wire.stream import Stream
+from luna_mp.wire.stream import NeverRead, Stream
 
 __all__ = ("Channel", "Packed")
 
@@ -31,9 +31,10 @@ logger = logging.getLogger(__name__)
 HEADER = struct.Struct("!IQ")
 MAX_PICKLED = 64 << 20  # bytes; a prompt of ten thousand words takes a tenth of one MiB
 INLINE_BELOW = 32 << 10  # bytes; smaller tensors cost less beside the message than in a segment
-MESSAGE_SECONDS = 60.0  # for a message to arrive once its first byte has
+MESSAGE_SECONDS = 60.0  # for more of a message to arrive once its first byte has
 WAIT_AWAKE = 1e-3  # seconds for which a client looks at the peer's GPU without a pause
-WAIT_SECONDS = 50e-6  # between two looks after that
+WAIT_SECONDS = (50e-6, 1e-3)  # between two looks after that, and after a while
+WAIT_SHORT = 0.25  # seconds, that while
 
 
 class Channel:
@@ -46,6 +47,8 @@ class Channel:
         self._carriers: dict[str, Carrier] = {"inline": self._inline}
         # The fastest first; inline, which takes everything, is the last resort.
         self._order: list[Carrier] = []
+        #: what gives back what carriers took for the last message, should it never be read
+        self._sent: list[Callable[[], None]] = []
 
     def __repr__(self) -> str:
         return f"<Channel {self.stream!r} by {self.carrier}>"
@@ -98,7 +101,12 @@ class Channel:
         """Send a completed message; it is sent, or never, before the next is packed."""
         out = packed.out
         header = HEADER.pack(packed.pickled.nbytes, sum(part.nbytes for part in out.parts))
-        self.stream.send([header, packed.pickled, *out.parts], deadline, out.fds)
+        try:
+            self.stream.send([header, packed.pickled, *out.parts], deadline, out.fds)
+        except BaseException:
+            out.take_back()
+            raise
+        self._sent = out.undo
 
     def send(self, message: Mapping[str, Any], deadline: Deadline) -> None:
         """Pack, complete and send one message."""
@@ -109,18 +117,26 @@ class Channel:
     def recv(self, deadline: Deadline, to_host: bool = False) -> dict[str, Any]:
         """Receive one message, with its tensors in the memory of the host if `to_host`.
 
-        `deadline` is for its beginning, and for work of a GPU that its tensors come from. Close the
+        `deadline` is for all of it, and for work of a GPU that its tensors come from. Close the
         channel on any error.
         """
-        header = self.stream.recv_header(HEADER.size, deadline)
+        try:
+            header = self.stream.recv_header(HEADER.size, deadline)
+        except NeverRead:
+            for undo in reversed(self._sent):
+                undo()
+            raise
         pickled_size, inline_size = HEADER.unpack(header)
         self._check_size(pickled_size, inline_size)
-        arrival = Deadline(MESSAGE_SECONDS, f"the rest of a message from {self.stream.peer}")
+        what = f"more of a message from {self.stream.peer}"
+        arrival = Patience(MESSAGE_SECONDS, what, deadline.pause)
         pickled = bytearray(pickled_size)
         self.stream.recv_into(pickled, arrival)
         body = _Body(self.stream, inline_size, deadline, arrival, self.max_message, to_host)
         try:
             message = codec.loads(pickled, lambda token: self._unpack(token, body), self._discard)
+        except _Withdrawn as withdrawn:
+            raise withdrawn.why from None
         finally:
             body.close()
         if body.left or not isinstance(message, dict):
@@ -128,6 +144,7 @@ class Channel:
         return message
 
     def close(self) -> None:
+        self._sent = []
         for carrier in self._carriers.values():
             carrier.close()
         self.stream.close()
@@ -159,6 +176,14 @@ class Channel:
                 f"a message has {inline} bytes of tensors; the limit is {self.max_message} "
                 "(max_message): send fewer images or frames at a time"
             )
+
+
+class _Withdrawn(BaseException):
+    """Raised past all that would take the caller's own error for one of a tensor."""
+
+    def __init__(self, why: BaseException) -> None:
+        super().__init__(why)
+        self.why = why
 
 
 class Packed(NamedTuple):
@@ -222,13 +247,22 @@ class _Body:
             # With all of it here the peer's next word can only be that its GPU failed.
             self._here = memoryview(bytearray(self.left))
             self._stream.recv_into(self._here, self._arrival)
-        awake = time.perf_counter() + WAIT_AWAKE
+        start = time.perf_counter()
         while not is_done():
-            self._deadline.pause()
+            self._ask()
             if self._stream.is_readable(0.0) and not is_done():
                 raise Broken(f"{self._stream.peer} ended before its GPU was done")
-            if time.perf_counter() > awake:
-                time.sleep(WAIT_SECONDS)
+            if (waited := time.perf_counter() - start) > WAIT_AWAKE:
+                time.sleep(WAIT_SECONDS[waited > WAIT_SHORT])
+
+    def _ask(self) -> None:
+        """Whether the wait is still wanted. What the caller's own check raises stays what it is."""
+        try:
+            self._deadline.pause()
+        except TimedOut:
+            raise
+        except BaseException as exc:
+            raise _Withdrawn(exc) from exc
 
     def close(self) -> None:
         for fd in self._fds:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from functools import cache, partial
 
 import torch
@@ -31,12 +32,17 @@ def bring(run: torch.Tensor, target: torch.Tensor, out: Outgoing) -> None:
 
 def _copy_off(run: torch.Tensor, target: torch.Tensor, after: torch.cuda.Event) -> None:
     stream = _stream(run.device)
-    stream.wait_event(after)
     # The target may have been made in this mode, outside of which it cannot be written.
-    with torch.inference_mode(), torch.cuda.stream(stream):
+    with _lock, torch.inference_mode(), torch.cuda.stream(stream):
+        stream.wait_event(after)
         target.copy_(run, non_blocking=True)
+        done = stream.record_event()
     # Also keeps the run's memory until it was read.
-    stream.synchronize()
+    done.synchronize()
+
+
+#: connections share the stream, and none is to wait for what another waits for
+_lock = threading.Lock()
 
 
 @cache

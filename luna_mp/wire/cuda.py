@@ -53,7 +53,7 @@ class Exporter:
         self.book: LeaseBook[torch.Tensor] = LeaseBook(most)
         # A handle opens the whole of the memory that the allocator took at once, so weights must
         # not lie in it: results have a pool of their own.
-        self._pool = torch.cuda.MemPool()
+        self._pool = self._new_pool()
         # Probes export beside calls, and a pool serves one thread at a time.
         self._pool_lock = threading.Lock()
         self.book.when_idle = self._renew_pool
@@ -79,7 +79,7 @@ class Exporter:
         self._placed = reductions.StorageWeakRef(made.untyped_storage())
         return made
 
-    def export(self, tensor: torch.Tensor, owner: Owner) -> Token:
+    def export(self, tensor: torch.Tensor, owner: Owner, out: Outgoing) -> Token:
         """Token for a result, ready when the work that is queued on the current stream is done."""
         how, run = layout.flatten(tensor)
         with self._pool_lock:
@@ -89,7 +89,9 @@ class Exporter:
             # before, has nothing to find here and takes four times as long.
             _, handle, size, offset, *signs = run.untyped_storage()._share_cuda_()
         counter, slot, event, must_wait = signs
-        number = self.book.add(owner, run.numel(), run, _TorchCounter(counter, slot))
+        counts = _TorchCounter(counter, slot)
+        number = self.book.add(owner, run.numel(), run, counts)
+        out.undo.append(counts.release)
         return (number, self.uuid, handle, size, offset, counter, slot, event, must_wait, *how)
 
     def _is_placed(self, run: torch.Tensor) -> bool:
@@ -107,7 +109,12 @@ class Exporter:
     def _renew_pool(self) -> None:
         """Nothing is leased: give the pool's memory back to the card, which it does only whole."""
         with self._pool_lock:
-            self._pool = torch.cuda.MemPool()
+            self._pool = self._new_pool()
+
+    def _new_pool(self) -> torch.cuda.MemPool:
+        # It belongs to the current device, which is another one in the thread of the lease book.
+        with torch.cuda.device(self.device):
+            return torch.cuda.MemPool()
 
 
 class ExportingCarrier(Carrier):
@@ -123,7 +130,7 @@ class ExportingCarrier(Carrier):
     def pack(self, tensor: torch.Tensor, out: Outgoing) -> Token:
         if tensor.device != self._exporter.device or not tensor.numel():
             raise NoRoom("this tensor does not lie on the service's GPU")
-        return self._exporter.export(tensor, self._owner)
+        return self._exporter.export(tensor, self._owner, out)
 
     def unpack(self, token: Token, source: Incoming) -> torch.Tensor:
         match token:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -15,8 +16,11 @@ from luna_mp.wire.leases import Owner
 
 __all__ = ("Importer", "ImportingCarrier")
 
+logger = logging.getLogger(__name__)
 
-PINNED_FROM = 1 << 20  # bytes; smaller copies gain nothing, and may be kept in great numbers
+
+#: bytes; smaller copies gain nothing and may be kept in great numbers, and torch keeps what it pins
+PINNED = range(1 << 20, (1 << 30) + 1)
 MAX_REMEMBERED = 64  # results, before those that were dropped are forgotten
 
 
@@ -85,8 +89,7 @@ class ImportingCarrier(Carrier):
             if size > parsed.nbytes:
                 run = run[: parsed.nbytes]
             if source.to_host:
-                pin = parsed.nbytes >= PINNED_FROM
-                run = torch.empty_like(run, device="cpu", pin_memory=pin).copy_(run)
+                run = _host_memory(parsed.nbytes).copy_(run)
         except RuntimeError as exc:
             raise CarrierFailed(f"cuda: {str(exc).splitlines()[0]}") from exc
         if run.is_cuda:
@@ -130,3 +133,13 @@ class ImportingCarrier(Carrier):
                     self._leased.pop(at, None)
         storage = run.untyped_storage()
         self._leased[storage.data_ptr()] = (number, reductions.StorageWeakRef(storage))
+
+
+def _host_memory(nbytes: int) -> torch.Tensor:
+    """uint8 [nbytes], pinned where that helps and can be had."""
+    if nbytes in PINNED:
+        try:
+            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError as exc:
+            logger.debug("%d bytes cannot be pinned: %s", nbytes, exc)
+    return torch.empty(nbytes, dtype=torch.uint8)

@@ -101,9 +101,8 @@ def parse(token: tuple[object, ...], limit: int) -> Layout:
     for number in (*shape, *stride):
         if type(number) is not int or not 0 <= number < MAX_NUMBER:
             raise Rejected(f"a tensor's description is impossible: {str(token)[:200]}")
-    largest = layout.span * layout.itemsize
-    if is_packed:
-        largest = max(largest, layout.nbytes)
+    # Also of elements that lie in one place: what is computed of them does not.
+    largest = max(layout.span, _product(shape)) * layout.itemsize
     if largest > limit:
         raise Rejected(f"a tensor of {largest} bytes is over the limit of {limit} bytes a message")
     return layout

@@ -40,6 +40,7 @@ class Owner(NamedTuple):
     created: float
 
     def is_gone(self) -> bool:
+        """False also where it cannot be told: what is held stays held."""
         try:
             process = psutil.Process(self.pid)
             return (
@@ -48,6 +49,8 @@ class Owner(NamedTuple):
             )
         except psutil.NoSuchProcess:
             return True
+        except (psutil.AccessDenied, OSError):
+            return False
 
 
 class Counter(Protocol):

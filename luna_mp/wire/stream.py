@@ -69,6 +69,7 @@ class Stream:
         self.peer = peer
         self.is_local = sock.family == getattr(socket, "AF_UNIX", None)
         self._fds: list[int] = []
+        self._error: OSError | None = None
         sock.setblocking(False)
         # One read brings a small message whole; what it brings of the rest waits here.
         self._buffer = memoryview(bytearray(READ_AHEAD))
@@ -96,6 +97,7 @@ class Stream:
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         while views:
             sent = self._wait_for(self._send, (views, ancillary), deadline)
+            deadline.progress()
             ancillary = []
             while views and sent >= views[0].nbytes:
                 sent -= views.pop(0).nbytes
@@ -112,9 +114,12 @@ class Stream:
             view = view[ahead:]
         while view.nbytes:
             view = view[self._wait_for(self._sock.recv_into, (view,), deadline) :]
+            deadline.progress()
 
     def recv_header(self, size: int, deadline: Deadline) -> bytes:
         """Read the `size` bytes that open a message, and keep the descriptors that come along."""
+        if self._error is not None:
+            raise _translated(self._error, self.peer, deadline) from self._error
         if have := len(self._ahead):
             self._buffer[:have] = bytes(self._ahead)
         while have < size:
@@ -209,8 +214,10 @@ class Stream:
             return not self._ahead and not self._sock.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
             return False
-        except OSError:
-            return True  # the connection broke, which the next read says as it should
+        except OSError as exc:
+            # The system tells it once; the next read is to tell it too.
+            self._error = exc
+            return True
 
     def wake(self) -> None:
         """End, from another thread, whatever the owner waits for on this stream."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from luna_mp.errors import Unsendable
+from luna_mp.errors import Rejected, Unsendable
+from luna_mp.wire import layout
 from luna_mp.wire.inline import InlineCarrier
 from luna_mp.wire.layout import DTYPES
 from luna_mp.wire.shm import ShmCarrier
@@ -96,3 +97,13 @@ def test_channel_goes_on_after_a_refusal(ends):
         ends[0].send({"value": [torch.rand(BIG), print]}, None)
     tensor = torch.rand(BIG)
     assert_same(crossed(*ends, tensor), tensor)
+
+
+@pytest.mark.parametrize(
+    "description",
+    [("float32", (1 << 40,), (0,), True), ("float32", (2, 2), (1 << 40, 1), False)],
+    ids=["a number repeated", "a gap"],
+)
+def test_a_small_message_cannot_stand_for_a_huge_tensor(description):
+    with pytest.raises(Rejected, match="over the limit"):
+        layout.parse(description, 1 << 20)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import psutil
 import pytest
 
 from luna_mp.deadline import Deadline
@@ -98,3 +99,12 @@ def test_memory_is_given_back_when_the_dead_held_the_last_of_it(book, dead):
     book.add(ALICE, 10, "result", FakeCounter())
     dead.add(ALICE)
     wait_until(lambda: idle)
+
+
+@pytest.mark.parametrize("error", [psutil.AccessDenied(), OSError(24, "Too many open files")])
+def test_an_owner_that_cannot_be_looked_at_is_there(monkeypatch, error):
+    def process(pid):
+        raise error
+
+    monkeypatch.setattr(leases.psutil, "Process", process)
+    assert not ALICE.is_gone()

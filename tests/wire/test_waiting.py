@@ -10,6 +10,8 @@ import torch
 from luna_mp.deadline import Deadline
 from luna_mp.errors import Broken, TimedOut
 from luna_mp.wire.carrier import Carrier
+from luna_mp.wire.channel import HEADER
+from luna_mp.wire.stream import NeverRead
 from tests.helpers import wait_until
 from tests.wire.pair import channels, soon
 
@@ -25,8 +27,10 @@ class Pending(Carrier):
         self.is_done = threading.Event()
         self.is_asked = threading.Event()
         self.discarded = []
+        self.given_back = []
 
     def pack(self, tensor, out):
+        out.undo.append(lambda: self.given_back.append(tensor.numel()))
         return (tensor.numel(),)
 
     def unpack(self, token, source):
@@ -49,6 +53,10 @@ def ends():
         left.use(Pending())
         right.use(carrier)
         yield left, right, carrier
+
+
+def carrier_of(channel):
+    return channel._carriers["pending"]
 
 
 class Receiving(threading.Thread):
@@ -106,6 +114,65 @@ def test_a_wait_ends_by_its_deadline_and_lets_go_of_all_that_was_not_taken(ends)
     with pytest.raises(TimedOut):
         right.recv(Deadline(0.05, "the test"))
     assert carrier.discarded == [BIG, BIG + 1]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, ValueError, KeyError, KeyboardInterrupt])
+def test_what_ends_a_wait_that_is_not_wanted_stays_what_it_is(ends, error):
+    """As a worker's own interrupt: it is neither the tensor's fault nor the message's."""
+    left, right, carrier = ends
+
+    def refuse():
+        if carrier.is_asked.is_set():
+            raise error("enough")
+
+    left.send({"value": torch.ones(BIG)}, soon())
+    with pytest.raises(error, match="enough"):
+        right.recv(Deadline(10, "the test", refuse))
+    assert carrier.discarded == [BIG]
+
+
+def test_the_rest_of_a_message_is_not_waited_for_when_it_is_not_wanted(ends):
+    left, right, carrier = ends
+    asked = []
+
+    def refuse():
+        asked.append(1)
+        if len(asked) > 1:
+            raise RuntimeError("enough")
+
+    left.stream.send([HEADER.pack(100, 0)], soon())
+    with pytest.raises(RuntimeError, match="enough"):
+        right.recv(Deadline(10, "the test", refuse))
+
+
+def test_what_is_never_read_is_given_back(ends):
+    left, right, carrier = ends
+    left.send({"value": torch.ones(BIG)}, soon())
+    assert carrier_of(left).given_back == []
+    right.close()
+    wait_until(lambda: left.stream.has_closed)
+    with pytest.raises(NeverRead):
+        left.recv(soon())
+    assert carrier_of(left).given_back == [BIG]
+
+
+def test_what_cannot_be_sent_is_given_back(ends):
+    left, right, carrier = ends
+    right.close()
+    with pytest.raises(Broken):
+        left.send({"value": torch.ones(BIG)}, soon())
+    assert carrier_of(left).given_back == [BIG]
+
+
+def test_what_was_read_is_not_given_back(ends):
+    left, right, carrier = ends
+    carrier.is_done.set()
+    left.send({"value": torch.ones(BIG)}, soon())
+    right.recv(soon())
+    right.close()
+    with pytest.raises(Broken):
+        left.recv(soon())
+    assert carrier_of(left).given_back == []
 
 
 def test_small_tensors_of_the_same_message_are_no_sign_of_an_end(ends):
