@@ -16,6 +16,7 @@ import torch
 import luna_mp
 from luna_mp import errors
 from luna_mp.models import ModelSpec, load_vae
+from luna_mp.wire.leases import IDLE_SECONDS
 from tests.gpu import clients
 from tests.helpers import wait_until
 from tests.same import assert_same
@@ -171,6 +172,25 @@ def test_greedy_client_waits_and_is_told_and_others_go_on(vae_folder, runtime_di
             assert luna.vae.status()["leases"][str(os.getpid())]["bytes"] >= share
             held.clear()
             assert luna.vae.decode(clients.latent()).is_cuda
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_results_come_after_the_service_gave_its_memory_back(vae_folder, runtime_dir, number):
+    if torch.cuda.device_count() <= number:
+        pytest.skip("needs two GPUs")
+    options = {"vae_models": str(vae_folder), "vae_dtype": "float16", "log_level": "ERROR"}
+    device = f"cuda:{number}"
+    with luna_mp.serve(vae=device, runtime_dir=runtime_dir, **options) as service:
+        found = []
+        with service.connect(gpu=False) as watch:
+            for _ in range(2):
+                with client("elsewhere", device) as process:
+                    found.append(said(process))
+                wait_until(lambda: watch.status("vae")["leases"] == {})
+                idle = watch.status("vae")["uptime"] + IDLE_SECONDS + 1
+                wait_until(lambda idle=idle: watch.status("vae")["uptime"] > idle)
+    assert [each["carriers"] for each in found] == [{"vae": "cuda"}] * 2, found
+    assert found[0]["bits"] == found[1]["bits"]
 
 
 def decoded(luna):
