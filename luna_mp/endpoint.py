@@ -106,6 +106,10 @@ class Endpoint:
         """Make sure that the service answers. Raises `LunaError`."""
         self._give_back(self._take(deadline))
 
+    def check(self, deadline: Deadline) -> None:
+        """Like `open`, without waiting for a service that may be restarted."""
+        self._give_back(self._alive() or self._open(deadline))
+
     def close(self) -> None:
         with self._lock:
             self._is_closed = True
@@ -166,6 +170,9 @@ class Endpoint:
 
     def _take(self, deadline: Deadline) -> Channel:
         """An idle connection that is still alive, or a new one."""
+        return self._alive() or self._reconnect(deadline)
+
+    def _alive(self) -> Channel | None:
         with self._lock:
             if self._is_closed:
                 raise Unavailable(f"this client of the {self.role} service was closed")
@@ -177,7 +184,7 @@ class Endpoint:
             if not channel.stream.peer_has_gone:
                 return channel
             channel.close()
-        return self._reconnect(deadline)
+        return None
 
     def _pop(self) -> Channel | None:
         with self._lock:
@@ -215,6 +222,11 @@ class Endpoint:
             mine = handshake.identity(self._client_id, self._max_message)
             theirs = handshake.greet(connected, self._key, mine)
             channel.max_message = min(self._max_message, theirs.max_message)
+            if theirs.role != self.role:
+                raise Rejected(
+                    f"{connected.peer} is the {theirs.role} service and the {self.role} service is "
+                    "wanted: are the two addresses swapped?"
+                )
             self.reason = probe.choose(channel, theirs, self._importer, self._avoided)
         except BaseException:
             channel.close()

@@ -111,7 +111,7 @@ class Server(managers.Server):
         self._max_message = max_message
         self._exporter = exporter
         self._on_fault = on_fault
-        self._identity = handshake.identity("", max_message)
+        self._identity = handshake.identity("", max_message, name)
         self._stop = threading.Event()
         #: connections, until they are closed; and all threads that may not have ended yet
         self._threads: dict[threading.Thread, Stream] = {}

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from luna_mp.endpoint import Endpoint
+from luna_mp.errors import Rejected
 from luna_mp.models.base import Conditioning
 
 __all__ = ("ClipProxy", "Proxy", "VaeProxy")
@@ -16,6 +17,8 @@ __all__ = ("ClipProxy", "Proxy", "VaeProxy")
 logger = logging.getLogger(__name__)
 
 CALL_SECONDS = 600.0
+#: where results are wanted: wherever they come by the fastest way, or on the CPU
+DEVICES = ("", "cpu")
 CONNECT_SECONDS = 10.0
 
 P = TypeVar("P", bound="Proxy")
@@ -35,6 +38,8 @@ class Proxy:
     def _call(
         self, method: str, *args: Any, timeout: float, device: str = "", **kwargs: Any
     ) -> Any:
+        if device not in DEVICES:
+            raise Rejected(f"device={device!r:.60}; it takes one of {DEVICES}")
         if self._model is not None:
             # By description, not by handle: a restarted service loads it again by itself.
             kwargs["model"] = self._model

@@ -117,7 +117,10 @@ def parse_key(key: bytes | str) -> bytes:
                 return decoded
         key = key.encode()
     if len(key) < KEY_BYTES:
-        raise BadConfig(f"the authkey has {len(key)} bytes; it takes at least {KEY_BYTES}")
+        raise BadConfig(
+            f"the authkey (authkey=, LUNA_MP_AUTHKEY or the authkey file) has {len(key)} bytes; it "
+            f"takes at least {KEY_BYTES}: copy it from the services' runtime directory"
+        )
     return key
 
 

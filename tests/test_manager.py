@@ -12,6 +12,7 @@ import torch
 
 from luna_mp import errors, manager
 from luna_mp.deadline import Deadline
+from luna_mp.endpoint import Endpoint
 from luna_mp.wire import handshake, stream
 from luna_mp.wire.channel import HEADER, Channel
 from tests.helpers import KEY, LIMIT, endpoint, served, wait_until
@@ -276,3 +277,25 @@ def test_an_identity_of_wrong_types_is_rejected(wrong):
     assert handshake.Identity.from_data(good).client_id
     with pytest.raises(errors.Rejected, match="an identity is malformed"):
         handshake.Identity.from_data({**good, **wrong})
+
+
+def test_the_service_of_the_other_kind_is_told_apart(server):
+    client = Endpoint("clip", lambda: server.address, KEY)
+    with pytest.raises(errors.Rejected, match="is the vae service and the clip service is wanted"):
+        client.open(Deadline(5, "the test"))
+    client.close()
+
+
+def test_a_check_does_not_wait_for_a_service_that_was_there(tmp_path):
+    with served(EXPOSED, str(tmp_path / "sock")) as server, endpoint(server) as client:
+        client.open(Deadline(5, "the test"))
+        client.check(Deadline(5, "the test"))
+        server.stop(grace=1.0)
+        wait_until(lambda: not (tmp_path / "sock").exists())
+        with pytest.raises(errors.Unavailable):
+            client.check(Deadline(60, "the test"))
+
+
+def test_a_host_that_is_not_there_is_unavailable():
+    with pytest.raises(errors.Unavailable, match="host.invalid:1 cannot be reached"):
+        stream.connect(("host.invalid", 1), Deadline(30, "the test"))

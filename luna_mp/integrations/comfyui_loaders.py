@@ -15,7 +15,7 @@ from comfy.cli_args import args as comfy_args
 
 from luna_mp import runtime
 from luna_mp.config import ROLES, Role
-from luna_mp.errors import LunaError, ModelChanged, Unavailable
+from luna_mp.errors import Broken, LunaError, ModelChanged, TimedOut, Unavailable
 from luna_mp.integrations.comfyui import RemoteCLIP, RemoteVAE, load_clip, load_vae
 from luna_mp.integrations.comfyui_service import Service, service
 from luna_mp.models.comfy_facts import ARITHMETIC, fast, option
@@ -114,7 +114,7 @@ def status() -> str:
     lines = []
     for role in ROLES:
         try:
-            found = service(role)
+            found = service(role, at_once=True)
             lines.append(describe({role: found.call("status")}))
             lines.append(f"  this ComfyUI: by {found.carrier}")
         except LunaError as exc:
@@ -131,10 +131,15 @@ def unload(role: Role, paths: Sequence[str]) -> bool:
 def start(clip_device: str, vae_device: str) -> str:
     """Start services that end with this ComfyUI, with its flags and its models' directories.
 
-    Raises `BootFailed` with the service's own reason.
+    A service of this user that runs already stays the only one of its kind. Raises `BootFailed`
+    with the service's own reason.
     """
+    directory = runtime.runtime_dir()
+    runs = {role for role in ROLES if runtime.read_records(directory, role)}
+    clip_device = "" if "clip" in runs else clip_device
+    vae_device = "" if "vae" in runs else vae_device
     with _lock:
-        if not _started:
+        if (clip_device or vae_device) and not _started:
             folders = {
                 f for paths, _ in folder_paths.folder_names_and_paths.values() for f in paths
             }
@@ -178,8 +183,8 @@ def _chosen(mode: Mode, role: Role, address: str) -> Service | None:
     if mode == "local":
         return None
     try:
-        found = service(role, address)
-    except Unavailable as exc:
+        found = service(role, address, at_once=mode == "auto")
+    except (Unavailable, Broken, TimedOut) as exc:
         if mode == "service":
             raise
         logger.warning("the %s is loaded in this ComfyUI, since %s", role, exc)

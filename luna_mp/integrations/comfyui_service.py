@@ -12,6 +12,7 @@ from comfy import model_management
 
 from luna_mp.client import open_endpoint
 from luna_mp.config import Role
+from luna_mp.deadline import Deadline
 from luna_mp.endpoint import Endpoint
 from luna_mp.errors import OutOfMemory
 from luna_mp.models.comfy_facts import differences
@@ -20,6 +21,7 @@ __all__ = ("RemoteModel", "Service", "service")
 
 logger = logging.getLogger(__name__)
 
+CHECK_SECONDS = 5.0
 CALL_SECONDS = 3600.0  # the user's own interrupt ends a call sooner
 
 
@@ -38,6 +40,10 @@ class Service:
         """How tensors travel, and why not faster."""
         reason = self._endpoint.reason
         return self._endpoint.carrier + (f", because {reason}" if reason else "")
+
+    def check(self) -> None:
+        """Raises `Unavailable` where the service does not answer at once."""
+        self._endpoint.check(Deadline(CHECK_SECONDS, f"asking whether {self.name} is there"))
 
     def close(self) -> None:
         self._endpoint.close()
@@ -107,16 +113,22 @@ _services: dict[tuple[Role, str], Service] = {}
 _lock = threading.Lock()
 
 
-def service(role: Role, address: str = "") -> Service:
+def service(role: Role, address: str = "", at_once: bool = False) -> Service:
     """The service at `address` ("": this user's on this machine), connected on the first call.
 
+    One that was there before is given time to be restarted by its next call, or, `at_once`, none.
     Raises `Unavailable` where there is none, and what `luna_mp.connect` raises.
     """
     with _lock:
-        if (role, address) not in _services:
+        found = _services.get((role, address))
+        if found is None:
             endpoint = open_endpoint(role, address or None)
-            _services[role, address] = Service(endpoint, f"{role} at {address or 'this machine'}")
-        return _services[role, address]
+            found = Service(endpoint, f"{role} at {address or 'this machine'}")
+            _services[role, address] = found
+            return found
+    if at_once:
+        found.check()
+    return found
 
 
 @atexit.register

@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 PROTOCOL = 2
 LENGTH = struct.Struct("!H")
 NONCE_BYTES = 32
+TEXTS = ("client_id", "boot_id", "platform", "torch", "allocator", "role")
 SECONDS = 5.0  # for the whole handshake
 REFUSAL_SECONDS = 0.2
 
@@ -60,14 +61,14 @@ class Identity:
     allocator: str
     #: most bytes of one message that this end takes
     max_message: int
+    #: of a service, what it serves: "clip" or "vae"
+    role: str = ""
 
     @classmethod
     def from_data(cls, data: Any) -> Identity:
         try:
             numbers = {name: int(data[name]) for name in ("pid", "max_message")}
-            texts = {
-                name: str(data[name]) for name in ("client_id", "boot_id", "platform", "torch")
-            }
+            texts = {name: str(data[name]) for name in TEXTS}
             typed = {**numbers, **texts, "created": float(data["created"])}
             found = cls(**{**data, **typed, "gpus": tuple(map(str, data["gpus"]))})
             if found.pid <= 0 or found.max_message <= 0:
@@ -77,7 +78,7 @@ class Identity:
             raise Rejected(f"an identity is malformed: {data!r:.200}") from exc
 
 
-def identity(client_id: str, max_message: int) -> Identity:
+def identity(client_id: str, max_message: int, role: str = "") -> Identity:
     """Describe this process; `client_id` is made up when not given."""
     import torch
 
@@ -97,6 +98,7 @@ def identity(client_id: str, max_message: int) -> Identity:
         gpus=gpus,
         allocator=allocator,
         max_message=max_message,
+        role=role,
     )
 
 
@@ -132,6 +134,8 @@ def answer(stream: Stream, key: bytes, mine: Identity) -> Identity:
         refusal = {"luna": PROTOCOL, "refused": str(exc), "kind": type(exc).__name__}
         _send(stream, refusal, deadline)
         raise
+    except Broken as exc:
+        raise Broken(f"{exc} during the handshake: it may hold another authkey") from exc
 
 
 def refuse(stream: Stream, why: str) -> None:
@@ -166,7 +170,7 @@ def _answer(stream: Stream, key: bytes, mine: Identity, deadline: Deadline) -> I
     return peer
 
 
-KEY_SOURCES = "LUNA_MP_AUTHKEY, the authkey file, or the runtime directory"
+KEY_SOURCES = "authkey=, LUNA_MP_AUTHKEY, the authkey file, or the runtime directory"
 
 
 def _check_version(theirs: object, peer: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import errno
 import os
 import select
 import socket
@@ -49,7 +50,9 @@ def _translated(exc: OSError, peer: str, deadline: Deadline) -> LunaError:
         case PermissionError():
             return Unavailable(f"{peer} may not be opened by this user ({exc.strerror})")
         case ConnectionResetError() | BrokenPipeError():
-            return NeverRead(f"{peer} ended before it read the message ({exc.strerror})")
+            return NeverRead(
+                f"{peer} ended, or gave up, before it read the message ({exc.strerror})"
+            )
     return Broken(f"the connection to {peer} broke: {exc.strerror or exc}")
 
 
@@ -242,7 +245,11 @@ def connect(address: str | tuple[str, int], deadline: Deadline) -> Stream:
             sock = socket.create_connection(address, deadline.remaining())
         return Stream(sock, peer, CLIENT_SPIN, CLIENT_DOZE)
     except OSError as exc:
-        raise _translated(exc, peer, deadline) from exc
+        error = _translated(exc, peer, deadline)
+        if type(error) is Broken:
+            # Nothing broke: there is no such host, or no way to it.
+            error = Unavailable(f"{peer} cannot be reached ({exc.strerror or exc})")
+        raise error from exc
 
 
 def _connect_unix(path: str, deadline: Deadline) -> socket.socket:
@@ -269,7 +276,12 @@ def listen(address: str | tuple[str, int]) -> socket.socket:
         return socket.create_server(address, family=family, backlog=BACKLOG)
     except OSError as exc:
         where = address if isinstance(address, str) else f"{address[0]}:{address[1]}"
-        raise LunaError(f"cannot listen at {where}: {exc.strerror or exc}") from exc
+        remedy = ""
+        if exc.errno == errno.EADDRINUSE:
+            remedy = (
+                "; if a service runs already (`luna-mp status`), use that, or name another port"
+            )
+        raise LunaError(f"cannot listen at {where}: {exc.strerror or exc}{remedy}") from exc
 
 
 def _listen_unix(path: str) -> socket.socket:

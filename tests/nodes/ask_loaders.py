@@ -60,13 +60,10 @@ def fingerprints() -> dict[str, bool]:
         file.write_text("weights")
         seen = {mode: [loaders.fingerprint([str(file)], mode)] for mode in loaders.MODES}
         found = {"nothing": loaders.fingerprint([str(file)], "auto") != seen["auto"][0]}
-        created = psutil.Process().create_time()
-        record = runtime.Record("vae", os.getpid(), created, "", "127.0.0.1", 1, created)
-        runtime.write_record(runtime.runtime_dir(), record)
-        for mode, known in seen.items():
-            known.append(loaders.fingerprint([str(file)], mode))
-            found[f"{mode}, a service started"] = known[0] != known[1]
-        runtime.remove_record(runtime.runtime_dir(), "vae", 1)
+        with recorded("vae"):
+            for mode, known in seen.items():
+                known.append(loaders.fingerprint([str(file)], mode))
+                found[f"{mode}, a service started"] = known[0] != known[1]
         os.utime(file, ns=(0, 0))
         for mode, known in seen.items():
             found[f"{mode}, file written"] = loaders.fingerprint([str(file)], mode) != known[0]
@@ -114,9 +111,12 @@ def starts() -> dict[str, Any]:
     asked: list[dict[str, Any]] = []
     serving = SimpleNamespace(stop=lambda: asked.append({"stopped": True}))
     with patch.object(loaders, "serve", lambda **options: asked.append(options) or serving):
+        with recorded("clip"), recorded("vae"):
+            loaders.start("cpu", "cpu")
+        beside_others = len(asked)
         texts = [loaders.start("", "cpu") for _ in range(2)]
         loaders._stop()
-    return {"asked": asked, "text": texts[0]}
+    return {"asked": asked, "text": texts[0], "beside others": beside_others}
 
 
 def pack() -> dict[str, Any]:
@@ -125,11 +125,21 @@ def pack() -> dict[str, Any]:
 
 
 @contextmanager
+def recorded(role: Any) -> Iterator[None]:
+    """As if this process were that service, which answers nobody."""
+    created = psutil.Process().create_time()
+    record = runtime.Record(role, os.getpid(), created, "", "127.0.0.1", 1, created)
+    runtime.write_record(runtime.runtime_dir(), record)
+    yield
+    runtime.remove_record(runtime.runtime_dir(), role, 1)
+
+
+@contextmanager
 def services(*running: str) -> Iterator[None]:
     """As if those ran; without any, what is there is asked, which is none."""
     count = iter(range(1000))
 
-    def service(role: str, address: str = "") -> str:
+    def service(role: str, address: str = "", at_once: bool = False) -> str:
         if role not in running:
             raise Unavailable(f"no {role} runs")
         return f"{role} at {address}"

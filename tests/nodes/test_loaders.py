@@ -143,6 +143,10 @@ def test_a_service_without_a_device_is_not_started(answers):
     assert (asked["clip"], asked["vae"]) == (None, "cpu")
 
 
+def test_no_service_is_started_beside_one_that_runs(answers):
+    assert answers["starts"]["beside others"] == 0
+
+
 def test_services_are_started_once_and_stopped_at_the_end(answers):
     assert [set(each) == {"stopped"} for each in answers["starts"]["asked"]] == [False, True]
 
