@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import threading
-from functools import cache, partial
+from functools import partial
 
 import torch
 
@@ -31,20 +30,11 @@ def bring(run: torch.Tensor, target: torch.Tensor, out: Outgoing) -> None:
 
 
 def _copy_off(run: torch.Tensor, target: torch.Tensor, after: torch.cuda.Event) -> None:
-    stream = _stream(run.device)
+    # Torch has a pool of them: no other connection's copy is waited for.
+    stream = torch.cuda.Stream(run.device)
+    stream.wait_event(after)
     # The target may have been made in this mode, outside of which it cannot be written.
-    with _lock, torch.inference_mode(), torch.cuda.stream(stream):
-        stream.wait_event(after)
+    with torch.inference_mode(), torch.cuda.stream(stream):
         target.copy_(run, non_blocking=True)
-        done = stream.record_event()
     # Also keeps the run's memory until it was read.
-    done.synchronize()
-
-
-#: connections share the stream, and none is to wait for what another waits for
-_lock = threading.Lock()
-
-
-@cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+    stream.synchronize()
