@@ -85,11 +85,12 @@ class ComfyVae(VaeModel):
         vae = self.vae
         estimate = vae.memory_used_decode if "decode" in method else vae.memory_used_encode
         needed = estimate(tensor.shape, vae.vae_dtype)
-        full = vae.disable_offload
-        management.load_models_gpu([vae.patcher], memory_required=needed, force_full_load=full)
+        if not _is_loaded_alone(vae.patcher, management):
+            full = vae.disable_offload
+            management.load_models_gpu([vae.patcher], memory_required=needed, force_full_load=full)
         work = getattr(vae.first_stage_model, method)
         if len(tensor) == 1:
-            # To ask for the free memory takes ComfyUI longer than all else here.
+            # To ask for the free memory takes ComfyUI a while, too.
             result: torch.Tensor = work(tensor.to(vae.device), **options)
             return result
         most = max(1, int(management.get_free_memory(vae.device) / max(1, needed)))
@@ -177,6 +178,13 @@ class ComfyClip(ClipModel):
         while len(self._variants) > MAX_VARIANTS:
             self._variants.popitem(last=False)
         return self._variants[name]
+
+
+def _is_loaded_alone(patcher: Any, management: Any) -> bool:
+    """Whether there is nothing to load and nothing to make room from: ComfyUI takes long to see."""
+    loaded = management.current_loaded_models
+    is_alone = len(loaded) == 1 and loaded[0].model is patcher
+    return is_alone and bool(patcher.loaded_size() >= patcher.model_size())
 
 
 class NamedPatches(NamedTuple):
