@@ -11,7 +11,7 @@ from luna_mp.wire.carrier import Outgoing
 
 __all__ = ("bring",)
 
-#: bytes; below, to wake torch's threads costs more than they save (2 ms for 64 kB on 16 cores)
+#: bytes; below, to wake torch's threads costs more than they save: on many cores milliseconds
 THREADED_FROM = 16 << 20
 
 

@@ -87,7 +87,7 @@ class Exporter:
             if not self._is_placed(run):
                 run = self._copied(run)
             # What `reduce_tensor` calls; the rest of it, which finds a storage that was sent
-            # before, has nothing to find here and takes four times as long.
+            # before, has nothing to find here and takes longer than this.
             _, handle, size, offset, *signs = run.untyped_storage()._share_cuda_()
         counter, slot, event, must_wait = signs
         counts = _TorchCounter(counter, slot)

@@ -25,7 +25,7 @@ CONNECT_RETRY = 0.01  # seconds; Linux answers EAGAIN while the backlog of a Uni
 # awake. Longer than this nobody spins: a client for its answer, a service for the next request,
 # shorter since it has other threads to run.
 CLIENT_SPIN = 1e-3  # seconds; a cached encoding is there by then
-CLIENT_DOZE = 0.25  # seconds after that, of naps, from which a thread wakes in half the time
+CLIENT_DOZE = 0.25  # seconds after that, of naps, from which a thread wakes sooner than from poll
 NAP = 50e-6  # seconds
 SERVICE_SPIN = 500e-6  # a client that calls in a row is back by then
 READ_AHEAD = 8192  # bytes; more than a message without tensors has
