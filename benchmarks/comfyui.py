@@ -136,7 +136,7 @@ def _summary(pairs: list[tuple[float, float]]) -> dict[str, Any]:
     """`ratio`: the median of those within one pair."""
     local, proxy = (statistics.median(column) for column in zip(*pairs, strict=True))
     ratio = statistics.median(there / here for here, there in pairs)
-    return {"local": local, "proxy": proxy, "ratio": ratio, "rounds": len(pairs), "call": 0.0}
+    return {"local": local, "proxy": proxy, "ratio": ratio, "rounds": len(pairs)}
 
 
 def _machine() -> dict[str, Any]:
@@ -158,9 +158,10 @@ def _table(report: dict[str, Any]) -> str:
         "VAE by {carrier}. Milliseconds, medians.\n\n"
         "| | local | proxy | ratio | rounds | call |\n|---|---|---|---|---|---|\n"
     )
-    row = "| {what} | {local:.2f} | {proxy:.2f} | {ratio:.3f} | {rounds} | {call:.2f} |\n"
+    row = "| {what} | {local:.2f} | {proxy:.2f} | {ratio:.3f} | {rounds} | {call} |\n"
     rows = report["vae"] + report["clip"]
-    return head.format(**report) + "".join(row.format(**each) for each in rows)
+    said = [{**each, "call": f"{each['call']:.2f}" if "call" in each else ""} for each in rows]
+    return head.format(**report) + "".join(row.format(**each) for each in said)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ __all__ = ("RemoteModel", "Service", "service")
 
 logger = logging.getLogger(__name__)
 
-CHECK_SECONDS = 5.0
+CHECK_SECONDS = 5.0  # for a service to say that it is there
 CALL_SECONDS = 3600.0  # the user's own interrupt ends a call sooner
 
 

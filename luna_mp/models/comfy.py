@@ -89,11 +89,9 @@ class ComfyVae(VaeModel):
             full = vae.disable_offload
             management.load_models_gpu([vae.patcher], memory_required=needed, force_full_load=full)
         work = getattr(vae.first_stage_model, method)
-        if len(tensor) == 1:
-            # To ask for the free memory takes ComfyUI a while, too.
-            result: torch.Tensor = work(tensor.to(vae.device), **options)
-            return result
-        most = max(1, int(management.get_free_memory(vae.device) / max(1, needed)))
+        most = 1
+        if len(tensor) > 1:  # to ask for the free memory takes ComfyUI a while, too
+            most = max(1, int(management.get_free_memory(vae.device) / max(1, needed)))
         parts = [work(part.to(vae.device), **options) for part in tensor.split(most)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 

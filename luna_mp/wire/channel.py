@@ -22,7 +22,7 @@ from luna_mp.errors import Broken, Rejected, TimedOut
 from luna_mp.wire import codec
 from luna_mp.wire.carrier import Carrier, Fence, Incoming, NoRoom, Outgoing, Token
 from luna_mp.wire.inline import InlineCarrier
-from luna_mp.wire.stream import NeverRead, Stream
+from luna_mp.wire.stream import CLIENT_DOZE, CLIENT_SPIN, NAP, NeverRead, Stream
 
 __all__ = ("Channel", "Packed")
 
@@ -32,9 +32,7 @@ HEADER = struct.Struct("!IQ")
 MAX_PICKLED = 64 << 20  # bytes; a prompt of ten thousand words takes a tenth of one MiB
 INLINE_BELOW = 32 << 10  # bytes; smaller tensors cost less beside the message than in a segment
 MESSAGE_SECONDS = 60.0  # for more of a message to arrive once its first byte has
-WAIT_AWAKE = 1e-3  # seconds for which a client looks at the peer's GPU without a pause
-WAIT_SECONDS = (50e-6, 1e-3)  # between two looks after that, and after a while
-WAIT_SHORT = 0.25  # seconds, that while
+LONG_NAP = 1e-3  # seconds between two looks at the peer's GPU, once short ones took a while
 
 
 class Channel:
@@ -252,8 +250,8 @@ class _Body:
             self._ask()
             if self._stream.is_readable(0.0) and not is_done():
                 raise Broken(f"{self._stream.peer} ended before its GPU was done")
-            if (waited := time.perf_counter() - start) > WAIT_AWAKE:
-                time.sleep(WAIT_SECONDS[waited > WAIT_SHORT])
+            if (waited := time.perf_counter() - start) > CLIENT_SPIN:
+                time.sleep(NAP if waited < CLIENT_DOZE else LONG_NAP)
 
     def _ask(self) -> None:
         """Whether the wait is still wanted. What the caller's own check raises stays what it is."""

@@ -148,10 +148,11 @@ class ExportingCarrier(Carrier):
     def settle(self, after: Fence | None) -> None:
         """The call that used leases has queued its work: they stay until `after`."""
         used, self._used = self._used, []
-        if used and after is None:
+        if not used:
+            return
+        if after is None:
             after = torch.cuda.current_stream(self._exporter.device).record_event()
         for number in used:
-            assert after is not None
             self._exporter.book.fence(number, after)
 
 

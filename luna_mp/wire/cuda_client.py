@@ -79,13 +79,12 @@ class ImportingCarrier(Carrier):
         return (number, tensor.storage_offset() * tensor.itemsize, *how)
 
     def unpack(self, token: Token, source: Incoming) -> torch.Tensor:
-        number, _, *where, event, must_wait = token[:9]
-        size = where[1]
-        parsed = layout.parse(token[9:], source.limit)
+        number, _, handle, size, offset, counter, slot, event, must_wait, *how = token
+        parsed = layout.parse(tuple(how), source.limit)
         try:
             if must_wait:
                 source.wait(torch.cuda.Event.from_ipc_handle(self._device, event).query)
-            run = self._opened(*where, event, must_wait)
+            run = self._opened(handle, size, offset, counter, slot, event, must_wait)
             if size > parsed.nbytes:
                 run = run[: parsed.nbytes]
             if source.to_host:
@@ -97,16 +96,17 @@ class ImportingCarrier(Carrier):
         return layout.restore(parsed, run)
 
     def discard(self, token: Token) -> None:
-        counter, slot = token[5:7]
+        _, _, _, _, _, counter, slot, *_ = token
         torch.UntypedStorage._release_ipc_counter_cuda(counter, slot)
 
     def close(self) -> None:
         self._mappings.close()
 
-    def _opened(self, handle: bytes, size: int, offset: int, *rest: Any) -> torch.Tensor:
-        """The whole export: uint8 [size]."""
+    def _opened(
+        self, handle: bytes, size: int, offset: int, counter: bytes, slot: int, *signs: Any
+    ) -> torch.Tensor:
+        """The whole export: uint8 [size]; `signs`: the event, and whether to wait for it."""
         if self._by_runtime:
-            counter, slot = rest[:2]
             segment = self._mappings.segment(handle)
             return cuda_runtime.over(segment, size, offset, counter, slot, self._device)
         with torch.cuda.device(self._device):
@@ -122,7 +122,9 @@ class ImportingCarrier(Carrier):
                 size,
                 offset,
                 False,
-                *rest,
+                counter,
+                slot,
+                *signs,
             )
         return run
 
