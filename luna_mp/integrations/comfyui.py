@@ -313,8 +313,8 @@ def _compact(tokens: dict[str, Any]) -> Prompt:
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:
     """With the same strides, which `clone` does not always keep."""
-    how, run = layout.flatten(tensor)
-    return layout.restore(how, run.clone())
+    how, source = layout.describe(tensor)
+    return layout.restore(how, layout.run_of(how, source).clone())
 
 
 def _mapped(function: Callable[[torch.Tensor], torch.Tensor], value: T) -> T:

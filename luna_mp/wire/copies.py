@@ -7,26 +7,32 @@ from functools import partial
 
 import torch
 
+from luna_mp.wire import layout
 from luna_mp.wire.carrier import Outgoing
 
-__all__ = ("bring",)
+__all__ = ("bring", "bring_off")
 
 #: bytes; below, to wake torch's threads costs more than they save: on many cores milliseconds
 THREADED_FROM = 16 << 20
 
 
-def bring(run: torch.Tensor, target: torch.Tensor, out: Outgoing) -> None:
-    """Copy `run` to `target`, both uint8 [n], at the latest before the message leaves.
-
-    Off a GPU that follows the work that was queued so far, and nobody's that is queued after it.
-    """
-    if run.is_cuda:
-        after = torch.cuda.current_stream(run.device).record_event()
-        out.before.append(partial(_copy_off, run, target, after))
-    elif run.numel() < THREADED_FROM:
-        ctypes.memmove(target.data_ptr(), run.data_ptr(), run.numel())
+def bring(how: layout.Layout, source: torch.Tensor, target: int) -> None:
+    """Copy what `layout.describe` gave, of the CPU, to that address."""
+    size = how.nbytes
+    if size < THREADED_FROM:
+        ctypes.memmove(target, source.data_ptr(), size)
     else:
-        target.copy_(run)
+        there = (ctypes.c_ubyte * size).from_address(target)
+        torch.frombuffer(there, dtype=torch.uint8).copy_(layout.run_of(how, source))
+
+
+def bring_off(run: torch.Tensor, target: torch.Tensor, out: Outgoing) -> None:
+    """Copy `run`, of a GPU, to `target`, both uint8 [n], before the message leaves.
+
+    That follows the work that was queued so far, and nobody's that is queued after it.
+    """
+    after = torch.cuda.current_stream(run.device).record_event()
+    out.before.append(partial(_copy_off, run, target, after))
 
 
 def _copy_off(run: torch.Tensor, target: torch.Tensor, after: torch.cuda.Event) -> None:

@@ -51,7 +51,7 @@ class Exporter:
     def __init__(self, device: torch.device, most: int) -> None:
         self.device = device
         self.uuid = uuid_of(device.index)
-        self.book: LeaseBook[torch.Tensor] = LeaseBook(most)
+        self.book: LeaseBook[torch.UntypedStorage] = LeaseBook(most)
         # A handle opens the whole of the memory that the allocator took at once, so weights must
         # not lie in it: results have a pool of their own.
         self._pool = self._new_pool()
@@ -82,24 +82,25 @@ class Exporter:
 
     def export(self, tensor: torch.Tensor, owner: Owner, out: Outgoing) -> Token:
         """Token for a result, ready when the work that is queued on the current stream is done."""
-        how, run = layout.flatten(tensor)
+        how, source = layout.describe(tensor)
         with self._pool_lock:
-            if not self._is_placed(run):
-                run = self._copied(run)
+            if not self._is_placed(source, how.nbytes):
+                source = self._copied(layout.run_of(how, source))
+            storage = source.untyped_storage()
             # What `reduce_tensor` calls; the rest of it, which finds a storage that was sent
             # before, has nothing to find here and takes longer than this.
-            _, handle, size, offset, *signs = run.untyped_storage()._share_cuda_()
+            _, handle, size, offset, *signs = storage._share_cuda_()
         counter, slot, event, must_wait = signs
         counts = _TorchCounter(counter, slot)
-        number = self.book.add(owner, run.numel(), run, counts)
+        number = self.book.add(owner, how.nbytes, storage, counts)
         out.undo.append(counts.release)
         return (number, self.uuid, handle, size, offset, counter, slot, event, must_wait, *how)
 
-    def _is_placed(self, run: torch.Tensor) -> bool:
+    def _is_placed(self, source: torch.Tensor, nbytes: int) -> bool:
         """Once for each: a tensor that was exported before is somebody's."""
         placed, self._placed = self._placed, None
-        storage = run.untyped_storage()
-        is_whole = not run.storage_offset() and run.numel() == storage.nbytes()
+        storage = source.untyped_storage()
+        is_whole = not source.storage_offset() and nbytes == storage.nbytes()
         return placed is not None and placed.cdata == storage._cdata and is_whole
 
     def _copied(self, run: torch.Tensor) -> torch.Tensor:
@@ -140,10 +141,11 @@ class ExportingCarrier(Carrier):
             case _:
                 raise Rejected(f"a leased tensor's token is malformed: {str(token)[:200]}")
         held = self._exporter.book.get(number, self._owner)
-        if parsed.is_packed or start + parsed.nbytes > held.numel():
-            raise Rejected(f"a view reaches beyond lease {number} of {held.numel()} bytes")
+        if parsed.is_packed or start + parsed.nbytes > held.nbytes():
+            raise Rejected(f"a view reaches beyond lease {number} of {held.nbytes()} bytes")
         self._used.append(number)
-        return layout.restore(parsed, held[start : start + parsed.nbytes])
+        run = torch.empty(0, dtype=torch.uint8, device=self._exporter.device).set_(held)
+        return layout.restore(parsed, run[start : start + parsed.nbytes])
 
     def settle(self, after: Fence | None) -> None:
         """The call that used leases has queued its work: they stay until `after`."""

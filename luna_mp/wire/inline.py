@@ -6,7 +6,7 @@ import torch
 
 from luna_mp.wire import layout
 from luna_mp.wire.carrier import Carrier, Incoming, Outgoing, Token
-from luna_mp.wire.copies import bring
+from luna_mp.wire.copies import bring_off
 
 __all__ = ("InlineCarrier",)
 
@@ -17,17 +17,17 @@ class InlineCarrier(Carrier):
     name = "inline"
 
     def pack(self, tensor: torch.Tensor, out: Outgoing) -> Token:
-        how, run = layout.flatten(tensor)
-        if run.is_cuda:
-            here = torch.empty(run.shape, dtype=run.dtype)
-            bring(run, here, out)
-            run = here
-        out.parts.append(layout.memory_of(run))
-        out.kept.append(run)
+        how, source = layout.describe(tensor)
+        if source.is_cuda:
+            here = torch.empty(how.nbytes, dtype=torch.uint8)
+            bring_off(layout.run_of(how, source), here, out)
+            source = here
+        out.parts.append(layout.memory_of(source, how.nbytes))
+        out.kept.append(source)
         return tuple(how)
 
     def unpack(self, token: Token, source: Incoming) -> torch.Tensor:
         how = layout.parse(token, source.limit)
         run = torch.empty(how.nbytes, dtype=torch.uint8)
-        source.read_into(layout.memory_of(run))
+        source.read_into(layout.memory_of(run, how.nbytes))
         return layout.restore(how, run)

@@ -7,13 +7,14 @@ and so other bits. A tensor is sent as one run of memory and put together again 
 from __future__ import annotations
 
 import ctypes
+import math
 from typing import NamedTuple
 
 import torch
 
 from luna_mp.errors import Rejected, Unsendable
 
-__all__ = ("Layout", "flatten", "memory_of", "name_of", "parse", "restore")
+__all__ = ("Layout", "describe", "memory_of", "name_of", "parse", "restore", "run_of")
 
 MAX_DIMS = 64  # torch's own limit
 MAX_NUMBER = 1 << 62  # likewise, of an element, with room to add
@@ -45,8 +46,9 @@ class Layout(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of the run that crosses."""
-        shape = _without_repeats(self.shape, self.stride) if self.is_packed else None
-        return (_product(shape) if shape is not None else self.span) * self.itemsize
+        if not self.is_packed:
+            return self.span * self.itemsize
+        return math.prod(_without_repeats(self.shape, self.stride)) * self.itemsize
 
     @property
     def span(self) -> int:
@@ -59,23 +61,29 @@ class Layout(NamedTuple):
         return 1 + last
 
 
-def flatten(tensor: torch.Tensor) -> tuple[Layout, torch.Tensor]:
-    """Layout and the run to send: uint8 [nbytes] on the tensor's device, a view where possible."""
+def describe(tensor: torch.Tensor) -> tuple[Layout, torch.Tensor]:
+    """Layout, and the tensor whose memory from its first element on is the run to send.
+
+    That is the tensor itself where possible. Nothing is done with it that can be left out: each
+    operation takes torch tens of microseconds when it was busy with other things before.
+    """
     _check_sendable(tensor)
-    # Each of these would make another tensor, and most need none.
-    if tensor.requires_grad:
-        tensor = tensor.detach()
     if tensor.is_conj() or tensor.is_neg():
         tensor = tensor.resolve_conj().resolve_neg()
-    stride = tuple(tensor.stride())
+    stride = tensor.stride()
     layout = Layout(_NAMES[tensor.dtype], tuple(tensor.shape), stride, is_packed=False)
     if layout.span <= tensor.numel():
-        run = tensor.as_strided((layout.span,), (1,), tensor.storage_offset())
-        return layout, run.view(torch.uint8)
+        return layout, tensor
     # A view with gaps: what lies in the gaps is nobody's business, and may be large.
     layout = layout._replace(is_packed=True)
-    once = tensor.as_strided(_without_repeats(layout.shape, stride), stride)
-    return layout, once.contiguous().view(-1).view(torch.uint8)
+    once = tensor.detach().as_strided(_without_repeats(layout.shape, stride), stride)
+    return layout, once.contiguous()
+
+
+def run_of(layout: Layout, tensor: torch.Tensor) -> torch.Tensor:
+    """The run as a tensor: uint8 [layout.nbytes], a view of what `describe` gave."""
+    size = layout.nbytes // layout.itemsize
+    return tensor.detach().as_strided((size,), (1,), tensor.storage_offset()).view(torch.uint8)
 
 
 def restore(layout: Layout, run: torch.Tensor) -> torch.Tensor:
@@ -98,11 +106,13 @@ def parse(token: tuple[object, ...], limit: int) -> Layout:
             raise Rejected(f"a tensor's description is malformed: {str(token)[:200]}")
     if dtype not in DTYPES or len(shape) != len(stride) or len(shape) > MAX_DIMS:
         raise Rejected(f"a tensor's description is impossible: {str(token)[:200]}")
-    for number in (*shape, *stride):
-        if type(number) is not int or not 0 <= number < MAX_NUMBER:
-            raise Rejected(f"a tensor's description is impossible: {str(token)[:200]}")
+    numbers = shape + stride
+    if not set(map(type, numbers)) <= {int} or (
+        numbers and not 0 <= min(numbers) <= max(numbers) < MAX_NUMBER
+    ):
+        raise Rejected(f"a tensor's description is impossible: {str(token)[:200]}")
     # Also of elements that lie in one place: what is computed of them does not.
-    largest = max(layout.span, _product(shape)) * layout.itemsize
+    largest = max(layout.span, math.prod(shape)) * layout.itemsize
     if largest > limit:
         raise Rejected(f"a tensor of {largest} bytes is over the limit of {limit} bytes a message")
     return layout
@@ -115,11 +125,11 @@ def name_of(dtype: torch.dtype) -> str:
     return _NAMES[dtype]
 
 
-def memory_of(run: torch.Tensor) -> memoryview:
-    """The bytes of a CPU uint8 run, without a copy; valid as long as `run` is kept."""
-    if not run.numel():
+def memory_of(tensor: torch.Tensor, nbytes: int) -> memoryview:
+    """Bytes from the first element on, of the CPU, without a copy; valid while that is kept."""
+    if not nbytes:
         return memoryview(bytearray())
-    return memoryview((ctypes.c_ubyte * run.numel()).from_address(run.data_ptr())).cast("B")
+    return memoryview((ctypes.c_ubyte * nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
 def _check_sendable(tensor: torch.Tensor) -> None:
@@ -136,10 +146,3 @@ def _check_sendable(tensor: torch.Tensor) -> None:
 def _without_repeats(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...]:
     """Shape with expanded (stride 0) dimensions down to one element, or none if empty."""
     return tuple(min(n, 1) if step == 0 else n for n, step in zip(shape, stride, strict=True))
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    total = 1
-    for n in shape:
-        total *= n
-    return total

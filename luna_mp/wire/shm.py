@@ -24,7 +24,7 @@ import torch
 from luna_mp.errors import Rejected
 from luna_mp.wire import layout
 from luna_mp.wire.carrier import Carrier, Incoming, NoRoom, Outgoing, Token
-from luna_mp.wire.copies import bring
+from luna_mp.wire.copies import bring, bring_off
 from luna_mp.wire.stream import MAX_FDS
 
 __all__ = ("MAX_SEGMENT_BYTES", "ShmCarrier", "is_supported")
@@ -59,11 +59,14 @@ class ShmCarrier(Carrier):
         self._next = 0
 
     def pack(self, tensor: torch.Tensor, out: Outgoing) -> Token:
-        how, run = layout.flatten(tensor)
-        number, segment = self._take(run.numel(), out)
+        how, source = layout.describe(tensor)
+        number, segment = self._take(how.nbytes, out)
         segment.set_state(LENT)
         out.undo.append(lambda: segment.set_state(FREE))
-        bring(run, segment.run(run.numel()), out)
+        if source.is_cuda:
+            bring_off(layout.run_of(how, source), segment.run(how.nbytes), out)
+        else:
+            bring(how, source, segment.address)
         dropped, self._dropped = tuple(self._dropped), []
         out.undo.append(lambda: self._dropped.extend(dropped))
         return (number, segment.capacity, dropped, *how)
@@ -141,6 +144,8 @@ class _Segment:
         self._memory = memory
         self.capacity = len(memory) - HEADER
         self.last_round = 0
+        #: of the run
+        self.address = self.run(1).data_ptr()
         if pin:
             _pin(self)
 
@@ -159,9 +164,22 @@ class _Segment:
 
     def lend(self, nbytes: int) -> torch.Tensor:
         """Like `run`, and the state is cleared once no tensor uses this memory any more."""
-        loan = memoryview(self._memory)[HEADER : HEADER + max(nbytes, 1)]
-        weakref.finalize(loan, self.set_state, FREE).atexit = False
-        return torch.frombuffer(loan, dtype=torch.uint8)[:nbytes]
+        if not nbytes:
+            self.set_state(FREE)
+            return self.run(0)
+        loan = memoryview(self._memory)[HEADER : HEADER + nbytes]
+        lent = weakref.ref(loan, _take_back)
+        _lent[id(lent)] = (lent, self)
+        return torch.frombuffer(loan, dtype=torch.uint8)
+
+
+#: runs that tensors lie over, which keep their segments mapped; `weakref.finalize` does the same in
+#: several times the time
+_lent: dict[int, tuple[weakref.ref[memoryview], _Segment]] = {}
+
+
+def _take_back(lent: weakref.ref[memoryview]) -> None:
+    _lent.pop(id(lent))[1].set_state(FREE)
 
 
 class _Descriptor:
@@ -212,6 +230,5 @@ def _attach(capacity: int, source: Incoming, pin: bool) -> _Segment:
 def _pin(segment: _Segment) -> None:
     """Register with CUDA, so that copies from and to the GPU run at the full rate of the bus."""
     cudart = torch.cuda.cudart()
-    address = segment.run(1).data_ptr()
-    if int(cudart.cudaHostRegister(address, segment.capacity, 0)) == 0:
-        weakref.finalize(segment, cudart.cudaHostUnregister, address).atexit = False
+    if int(cudart.cudaHostRegister(segment.address, segment.capacity, 0)) == 0:
+        weakref.finalize(segment, cudart.cudaHostUnregister, segment.address).atexit = False
