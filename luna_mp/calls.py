@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from luna_mp.deadline import Deadline, Patience
@@ -54,13 +54,15 @@ class Call:
         #: the event behind the work that the worker queued, where that is on a GPU
         self.after: Fence | None = None
         self.deadline = Deadline(seconds, f"{method} for client {self.client[:8]}")
-        self._held = ExitStack()
+        self._held: AbstractContextManager[Any] | None = None
 
     def __enter__(self) -> Call:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._held.__exit__(*error)
+        held, self._held = self._held, None
+        if held is not None:
+            held.__exit__(*error)
 
     def __repr__(self) -> str:
         return f"<Call {self.method} of {self.client[:8]}>"
@@ -70,8 +72,9 @@ class Call:
         self._answerer.wait_for_room(self.deadline)
 
     def hold(self, context: AbstractContextManager[Any]) -> None:
-        """Enter it now, and leave it once the reply is packed."""
-        self._held.enter_context(context)
+        """Enter it now, and leave it once the reply is packed; once in a call."""
+        context.__enter__()
+        self._held = context
 
     def place(self, step: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Run the last step of the result where the client may share its memory."""
@@ -102,6 +105,7 @@ class Calls:
         self._sessions = sessions
         self._answerer = answerer
         self._on_fault = on_fault
+        self._taking = f"{channel.stream.peer} taking more of its reply"
 
     def next(self) -> dict[str, Any] | None:
         """The next request, or None when there will be none.
@@ -152,8 +156,7 @@ class Calls:
         if "method" in request:
             self._sessions.count(self._session, failed="error" in packed.message)
         try:
-            taking = f"{self._channel.stream.peer} taking more of its reply"
-            self._channel.send_packed(packed, Patience(SEND_SECONDS, taking))
+            self._channel.send_packed(packed, Patience(SEND_SECONDS, self._taking))
         finally:
             self._see_to_the_end(after)
 

@@ -47,6 +47,7 @@ class Channel:
         self._order: list[Carrier] = []
         #: what gives back what carriers took for the last message, should it never be read
         self._sent: list[Callable[[], None]] = []
+        self._more = f"more of a message from {stream.peer}"
 
     def __repr__(self) -> str:
         return f"<Channel {self.stream!r} by {self.carrier}>"
@@ -89,18 +90,18 @@ class Channel:
         out = Outgoing()
         try:
             pickled = codec.dumps(message, lambda tensor: self._pack(tensor, out))
-            self._check_size(pickled.nbytes, sum(part.nbytes for part in out.parts))
+            inline_size = sum([part.nbytes for part in out.parts])
+            self._check_size(pickled.nbytes, inline_size)
         except BaseException:
             out.take_back()
             raise
-        return Packed(message, pickled, out)
+        return Packed(message, HEADER.pack(pickled.nbytes, inline_size), pickled, out)
 
     def send_packed(self, packed: Packed, deadline: Deadline) -> None:
         """Send a completed message; it is sent, or never, before the next is packed."""
         out = packed.out
-        header = HEADER.pack(packed.pickled.nbytes, sum(part.nbytes for part in out.parts))
         try:
-            self.stream.send([header, packed.pickled, *out.parts], deadline, out.fds)
+            self.stream.send([packed.header, packed.pickled, *out.parts], deadline, out.fds)
         except BaseException:
             out.take_back()
             raise
@@ -126,8 +127,7 @@ class Channel:
             raise
         pickled_size, inline_size = HEADER.unpack(header)
         self._check_size(pickled_size, inline_size)
-        what = f"more of a message from {self.stream.peer}"
-        arrival = Patience(MESSAGE_SECONDS, what, deadline.pause)
+        arrival = Patience(MESSAGE_SECONDS, self._more, deadline.pause)
         pickled = bytearray(pickled_size)
         self.stream.recv_into(pickled, arrival)
         body = _Body(self.stream, inline_size, deadline, arrival, self.max_message, to_host)
@@ -188,6 +188,7 @@ class Packed(NamedTuple):
     """A message that can be sent once it is complete."""
 
     message: Mapping[str, Any]
+    header: bytes
     pickled: memoryview
     out: Outgoing
 

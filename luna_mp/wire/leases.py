@@ -135,6 +135,8 @@ class LeaseBook(Generic[T]):
         """
         # What clients dropped since is used again for this call.
         self.collect()
+        if not self._leases:
+            return
         patience = Deadline(min(WAIT_SECONDS, deadline.remaining()), "waiting for leases")
         while (held := self.leased(owner)) >= self.most:
             if patience.has_passed:

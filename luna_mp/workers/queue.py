@@ -19,7 +19,7 @@ from luna_mp.errors import Broken
 if TYPE_CHECKING:
     import torch
 
-__all__ = ("Call", "SingleFlight")
+__all__ = ("Call", "SingleFlight", "Ticket")
 
 LOOK_SECONDS = 0.1  # between two looks at whether a waiting client is still there
 REMEMBERED = 256  # finished calls that `status` lists
@@ -34,7 +34,7 @@ class Call(Protocol):
     """Set by the worker: the event behind the work that it queued on a GPU."""
 
     def hold(self, context: AbstractContextManager[Any]) -> None:
-        """Enter it now, and leave it once the reply is packed."""
+        """Enter it now, and leave it once the reply is packed; once in a call."""
 
     def place(self, step: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Run the last step of the result where the client may share its memory."""
@@ -47,7 +47,7 @@ class Call(Protocol):
 
 
 @dataclass
-class _Ticket:
+class Ticket:
     """One call in line; times are of the monotonic clock, in seconds."""
 
     client: str
@@ -82,8 +82,8 @@ class SingleFlight:
 
     def __init__(self) -> None:
         self._mutex = threading.Lock()
-        self._line: deque[_Ticket] = deque()
-        self._recent: deque[_Ticket] = deque(maxlen=REMEMBERED)
+        self._line: deque[Ticket] = deque()
+        self._recent: deque[Ticket] = deque(maxlen=REMEMBERED)
         self._totals: defaultdict[str, _Totals] = defaultdict(_Totals)
         self._dropped = 0
 
@@ -97,18 +97,27 @@ class SingleFlight:
 
         Raises `Broken`, without having run, when the client leaves or its deadline passes first.
         """
-        ticket = self._enter(call)
+        ticket = self.enter(call)
+        try:
+            yield
+        finally:
+            self.leave(ticket)
+
+    def enter(self, call: Call) -> Ticket:
+        """The first half of `turn`; the ticket is for `leave`."""
+        ticket = self._line_up(call)
         try:
             while ticket.comes is not None and not ticket.comes.wait(LOOK_SECONDS):
                 self._check(call)
             self._check(call)
-            ticket.started = time.monotonic()
-            yield
-        finally:
-            self._leave(ticket)
+        except BaseException:
+            self.leave(ticket)
+            raise
+        ticket.started = time.monotonic()
+        return ticket
 
-    def _enter(self, call: Call) -> _Ticket:
-        ticket = _Ticket(call.client, call.method)
+    def _line_up(self, call: Call) -> Ticket:
+        ticket = Ticket(call.client, call.method)
         with self._mutex:
             if self._line:
                 ticket.comes = threading.Event()
@@ -119,7 +128,8 @@ class SingleFlight:
         if call.is_abandoned():
             raise Broken(f"{call.method} was dropped before it ran: nobody waits for it any more")
 
-    def _leave(self, ticket: _Ticket) -> None:
+    def leave(self, ticket: Ticket) -> None:
+        """The second half of `turn`."""
         with self._mutex:
             self._line.remove(ticket)
             if self._line and (comes := self._line[0].comes) is not None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import cached_property
 from typing import Any, Generic
 
 import torch
@@ -26,6 +26,11 @@ class Worker(Generic[M]):
     @property
     def device(self) -> torch.device:
         return self.library.device
+
+    @cached_property
+    def stream(self) -> torch.cuda.Stream | None:
+        """The one that every call queues its work on, where that is on a GPU."""
+        return torch.cuda.default_stream(self.device) if self.device.type == "cuda" else None
 
     def calls(self) -> dict[str, Callable[..., Any]]:
         """The methods that every authenticated client may call."""
@@ -61,17 +66,30 @@ class Worker(Generic[M]):
             raise Rejected(f"a model is named by a dict with paths, not by {wanted!r:.100}")
         # Outside the lock: who holds too much keeps nobody else waiting.
         call.wait_for_room()
-        call.hold(self._turn(call))
+        call.hold(_Turn(self, call))
         return self.library.get(wanted)
 
-    @contextmanager
-    def _turn(self, call: Call) -> Iterator[None]:
-        """The lock, and inference mode and the device, which belong to this thread."""
-        with self.flight.turn(call), torch.inference_mode():
-            if self.device.type == "cuda":
-                torch.cuda.set_device(self.device)
-            yield
-            if self.device.type == "cuda":
+
+class _Turn:
+    """The lock, and inference mode and the device, which belong to this thread."""
+
+    def __init__(self, worker: Worker[Any], call: Call) -> None:
+        self._worker = worker
+        self._call = call
+        self._inference = torch.inference_mode()
+
+    def __enter__(self) -> None:
+        if self._worker.stream is not None:
+            torch.cuda.set_device(self._worker.device)
+        self._ticket = self._worker.flight.enter(self._call)
+        self._inference.__enter__()
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        try:
+            if kind is None and self._worker.stream is not None:
                 memory.drop_workspaces()
                 # Before the next in line queues its own: this work alone is waited for.
-                call.after = torch.cuda.current_stream(self.device).record_event()
+                self._call.after = self._worker.stream.record_event()
+        finally:
+            self._inference.__exit__(kind, error, trace)
+            self._worker.flight.leave(self._ticket)
