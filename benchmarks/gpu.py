@@ -37,7 +37,7 @@ INPUTS = {
     "1024² image, 12.6 MB": (1, 1024, 1024, 3),
     "2048² image, 50 MB": (1, 2048, 2048, 3),
 }
-ROUNDS = {32: 80, 64: 50, 128: 30, 256: 10}
+ROUNDS = {32: 80, 64: 50, 128: 30, 256: 20}
 CROSSING_ROUNDS = 100
 WARM_UP = 4  # rounds
 CLIENTS = 8

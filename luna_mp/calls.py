@@ -53,6 +53,7 @@ class Call:
         self.method = method
         #: the event behind the work that the worker queued, where that is on a GPU
         self.after: Fence | None = None
+        self.is_answered = False
         self.deadline = Deadline(seconds, f"{method} for client {self.client[:8]}")
         self._held: AbstractContextManager[Any] | None = None
 
@@ -137,26 +138,25 @@ class Calls:
             self._give_up(exc)
 
     def _answer(self, request: dict[str, Any]) -> None:
-        after = None
+        call = None
         try:
             if "method" in request:
                 call = self._call(request)
-                try:
-                    packed = self._run(call, request["args"], request["kwargs"])
-                finally:
-                    after = call.after
+                packed = self._run(call, request["args"], request["kwargs"])
             else:
                 packed = self._agree(request)
         except Exception as exc:  # the one boundary: what a worker raises becomes data
-            if is_gpu_fault(exc):
+            if is_gpu_fault(exc) or (call is not None and call.is_answered):
                 raise
             packed = self._channel.pack(_failure(exc))
+        after = call.after if call is not None else None
         # On a GPU the inputs are read until the work is done, which the reply does not wait for.
         self._channel.settle(after)
         if "method" in request:
             self._sessions.count(self._session, failed="error" in packed.message)
         try:
-            self._channel.send_packed(packed, Patience(SEND_SECONDS, self._taking))
+            if call is None or not call.is_answered:
+                self._send(packed)
         finally:
             self._see_to_the_end(after)
 
@@ -164,8 +164,16 @@ class Calls:
         with call:
             result = self._exposed[call.method](call, *args, **kwargs)
             packed = self._channel.pack({"result": result})
-        packed.complete()
+            # Before the turn is over where nobody waits for it longer: its end takes a while, too.
+            if self._channel.takes_at_once(packed):
+                self._send(packed)
+                call.is_answered = True
+        if not call.is_answered:
+            packed.complete()
         return packed
+
+    def _send(self, packed: Packed) -> None:
+        self._channel.send_packed(packed, Patience(SEND_SECONDS, self._taking))
 
     def _see_to_the_end(self, after: Fence | None) -> None:
         """Return when the GPU is done, or the client has another request.

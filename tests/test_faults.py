@@ -87,6 +87,7 @@ class FaultyCarrier(Carrier):
     """Meets the fault in one of the places where a carrier uses the GPU."""
 
     name = "faulty"
+    is_in_use = True
 
     def __init__(self, place=""):
         self._place = place

@@ -88,6 +88,11 @@ class Carrier(ABC):
         """Let go of what a token stands for, of a message that cannot be read to its end."""
         return None
 
+    @property
+    def is_in_use(self) -> bool:
+        """Whether anything that was unpacked has to be settled."""
+        return False
+
     def settle(self, after: Fence | None) -> None:
         """The service's call that used what was unpacked has queued its work, up to `after`."""
         return None

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 HEADER = struct.Struct("!IQ")
 MAX_PICKLED = 64 << 20  # bytes; a prompt of ten thousand words takes a tenth of one MiB
 INLINE_BELOW = 32 << 10  # bytes; smaller tensors cost less beside the message than in a segment
+AT_ONCE = 16 << 10  # bytes; a socket that can be written to at all has room for more
 MESSAGE_SECONDS = 60.0  # for more of a message to arrive once its first byte has
 LONG_NAP = 1e-3  # seconds between two looks at the peer's GPU, once short ones took a while
 
@@ -96,6 +97,16 @@ class Channel:
             out.take_back()
             raise
         return Packed(message, HEADER.pack(pickled.nbytes, inline_size), pickled, out)
+
+    def takes_at_once(self, packed: Packed) -> bool:
+        """Whether the whole message can leave now, with nothing to wait for or to settle first."""
+        out = packed.out
+        return (
+            not (out.before or out.parts)
+            and packed.pickled.nbytes <= AT_ONCE
+            and not any(carrier.is_in_use for carrier in self._order)
+            and self.stream.is_writable
+        )
 
     def send_packed(self, packed: Packed, deadline: Deadline) -> None:
         """Send a completed message; it is sent, or never, before the next is packed."""

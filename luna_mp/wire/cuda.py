@@ -129,6 +129,10 @@ class ExportingCarrier(Carrier):
         self._owner = owner
         self._used: list[int] = []
 
+    @property
+    def is_in_use(self) -> bool:
+        return bool(self._used)
+
     def pack(self, tensor: torch.Tensor, out: Outgoing) -> Token:
         if tensor.device != self._exporter.device or not tensor.numel():
             raise NoRoom("this tensor does not lie on the service's GPU")
