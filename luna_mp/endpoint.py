@@ -26,6 +26,7 @@ RECONNECT_SECONDS = 60.0
 RETRY_SECONDS = (0.02, 1.0)  # between two attempts, at first and at most
 MAX_CONNECTIONS = 16  # of one client to one service; more threads than that wait
 MAX_IDLE = 4
+GONE_SECONDS = 0.2  # in which a process that was killed is seen to have closed its sockets
 WATCH_SECONDS = 0.5  # between two looks at whether the service is there, while its GPU is shared
 
 Address = str | tuple[str, int]
@@ -152,11 +153,15 @@ class Endpoint:
             raise
         try:
             reply = channel.recv(deadline, to_host)
-        except (CarrierFailed, stream.NeverRead):
+        except stream.NeverRead:
             channel.close()
             raise
         except Broken as exc:
+            # What cannot be opened since its service has died is no fault of the carrier.
+            has_failed = isinstance(exc, CarrierFailed) and not channel.stream.closes(GONE_SECONDS)
             channel.close()
+            if has_failed:
+                raise
             raise Broken(
                 f"the {self.role} service was lost during {request['method']} ({exc}); "
                 "if it is restarted, the next call finds it again"

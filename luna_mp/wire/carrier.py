@@ -35,6 +35,8 @@ class CarrierFailed(Broken):
 class Outgoing:
     """What travels beside the pickled part of one message."""
 
+    #: it leaves as soon as it is packed, so nothing is gained by leaving a copy for later
+    is_leaving: bool = False
     parts: list[memoryview] = field(default_factory=list)
     fds: list[int] = field(default_factory=list)
     #: keeps the memory behind `parts` until it is sent

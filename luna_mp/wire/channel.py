@@ -83,12 +83,13 @@ class Channel:
         for carrier in self._order:
             carrier.settle(after)
 
-    def pack(self, message: Mapping[str, Any]) -> Packed:
+    def pack(self, message: Mapping[str, Any], is_leaving: bool = False) -> Packed:
         """Make one message ready. `Unsendable` and `Rejected` leave the channel as it was.
 
-        Tensors of a GPU are sent as they will be when the work queued so far is done.
+        Tensors of a GPU are sent as they will be when the work queued so far is done; that is
+        waited for here if the message `is_leaving`, else when it is completed.
         """
-        out = Outgoing()
+        out = Outgoing(is_leaving)
         try:
             pickled = codec.dumps(message, lambda tensor: self._pack(tensor, out))
             inline_size = sum([part.nbytes for part in out.parts])
@@ -120,7 +121,7 @@ class Channel:
 
     def send(self, message: Mapping[str, Any], deadline: Deadline) -> None:
         """Pack, complete and send one message."""
-        packed = self.pack(message)
+        packed = self.pack(message, is_leaving=True)
         packed.complete()
         self.send_packed(packed, deadline)
 

@@ -82,13 +82,17 @@ class ImportingCarrier(Carrier):
         number, _, handle, size, offset, counter, slot, event, must_wait, *how = token
         parsed = layout.parse(tuple(how), source.limit)
         try:
+            # What takes its time is done while the service's GPU works.
+            if self._by_runtime:
+                self._mappings.segment(handle)
+            target = _host_memory(parsed.nbytes) if source.to_host else None
             if must_wait:
                 source.wait(torch.cuda.Event.from_ipc_handle(self._device, event).query)
             run = self._opened(handle, size, offset, counter, slot, event, must_wait)
             if size > parsed.nbytes:
                 run = run[: parsed.nbytes]
-            if source.to_host:
-                run = _host_memory(parsed.nbytes).copy_(run)
+            if target is not None:
+                run = target.copy_(run)
         except RuntimeError as exc:
             raise CarrierFailed(f"cuda: {str(exc).splitlines()[0]}") from exc
         if run.is_cuda:

@@ -216,6 +216,10 @@ class Stream:
             return bool(self._poll.poll(1e3 * seconds))
         return bool(select.select([self._sock], [], [], seconds)[0])
 
+    def closes(self, seconds: float) -> bool:
+        """Wait so long for the peer to close."""
+        return self.is_readable(seconds) and self.has_closed
+
     @property
     def has_closed(self) -> bool:
         """True once the peer has closed and nothing that it sent is left to be read."""

@@ -317,6 +317,23 @@ def test_a_connection_in_use_when_the_gpu_failed_is_not_used_again(client, servi
     assert len(gpu.exported) == exported
 
 
+def test_a_result_that_cannot_be_opened_since_its_service_died_is_no_fault_of_the_gpu(
+    service, gpu, importer, address, monkeypatch
+):
+    with connected(service, FakeExporter(gpu), importer, address) as (server, client):
+        call(client, "numbers")
+
+        def die(end):
+            server.stop(grace=0.0)
+            raise CarrierFailed(LOST)
+
+        monkeypatch.setattr(ClientEnd, "_check", die)
+        with pytest.raises(errors.Broken, match="was lost during numbers"):
+            call(client, "numbers")
+        assert (client.carrier, client.reason) == ("cuda", "")
+        assert service.runs == 2
+
+
 class FailingShm(shm.ShmCarrier):
     is_lost = threading.Event()
 
