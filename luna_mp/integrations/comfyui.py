@@ -106,6 +106,7 @@ class RemoteNetwork(Skeleton):
     def __init__(self, hollow: torch.nn.Module, remote: RemoteModel, output: torch.device) -> None:
         super().__init__(hollow, remote)
         self.__dict__["output"] = output
+        self.__dict__["drawing"] = set()
 
     def __getattr__(self, name: str) -> Any:
         found = super().__getattr__(name)
@@ -119,11 +120,15 @@ class RemoteNetwork(Skeleton):
         return self._run("encode", pixels, **options)
 
     def _run(self, method: str, tensor: torch.Tensor, **options: Any) -> torch.Tensor:
-        state = randomness.capture(tensor.device)
+        # Few networks draw noise, and to send the state of a generator takes as long as a latent.
+        state = randomness.capture(tensor.device) if method in self.drawing else None
         result: torch.Tensor
         result, after = self.remote.call(
             "comfyui_network", method, tensor, options, state, device=self.output.type
         )
+        if result is None:
+            self.drawing.add(method)
+            return self._run(method, tensor, **options)
         if after is not None:
             randomness.install(after, tensor.device)
         return result

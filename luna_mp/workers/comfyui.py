@@ -11,6 +11,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ from luna_mp.models.base import Model
 from luna_mp.models.comfy import ComfyClip, ComfyVae, NamedPatches
 from luna_mp.models.comfy_facts import facts
 from luna_mp.models.content import digest, fingerprint
+from luna_mp.models.library import Key
 from luna_mp.workers import memory
 from luna_mp.workers.clip import ClipWorker
 from luna_mp.workers.queue import Call
@@ -59,7 +61,7 @@ class _ComfyCalls:
         gpu = torch.cuda.get_device_properties(device).uuid if device.type == "cuda" else ""
         return {
             "model": {**vars(spec), "paths": list(spec.paths)},
-            "version": fingerprint(key),
+            "version": _version(key),
             "files": [_described(Path(path)) for path in spec.paths],
             "dtype": str(comfy.dtype).removeprefix("torch."),
             "facts": facts(device, comfy.dtype),
@@ -69,7 +71,7 @@ class _ComfyCalls:
     @contextmanager
     def _using(self, call: Call, model: Spec, version: str) -> Iterator[tuple[str, Any]]:
         key, loaded = self._worker.take(call, model)
-        if fingerprint(key) != version:
+        if _version(key) != version:
             raise ModelChanged(
                 f"{', '.join(model['paths'])} changed since it was loaded: run the loader again"
             )
@@ -109,21 +111,25 @@ class ComfyVaeCalls(_ComfyCalls):
         method: str,
         tensor: torch.Tensor,
         options: dict[str, Any],
-        random: dict[str, torch.Tensor],
+        random: dict[str, torch.Tensor] | None,
         model: Spec,
         version: str,
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor] | None]:
-        """What the network makes of `tensor`, and the random state after it if that has moved."""
+    ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor] | None]:
+        """What the network makes of `tensor`, and the random state after it if that has moved.
+
+        Without the caller's random state there is no result where the network has drawn from it.
+        """
         if method not in NETWORK or not isinstance(tensor, torch.Tensor):
             raise Rejected(f"{method!r:.60} of a {type(tensor).__name__} is no work for a network")
         with self._using(call, model, version) as (_, vae):
-            randomness.install(random, vae.device)
+            if random is not None:
+                randomness.install(random, vae.device)
+            before = randomness.capture(vae.device)
             result = vae.run(method, tensor, options)
             after = randomness.capture(vae.device)
-            moved = any(
-                not torch.equal(after[name], random[name]) for name in random.keys() & after.keys()
-            )
-            return result, after if moved else None
+            if all(torch.equal(after[name], before[name]) for name in after):
+                return result, None
+            return (result, after) if random is not None else (None, None)
 
 
 class ComfyClipCalls(_ComfyCalls):
@@ -225,6 +231,11 @@ class _Patches:
         for tensor in needed & self._tensors.keys():
             self._tensors.move_to_end(tensor)
         return needed <= self._tensors.keys()
+
+
+@lru_cache(maxsize=64)
+def _version(key: Key) -> str:
+    return fingerprint(key)
 
 
 def _described(path: Path) -> dict[str, Any]:

@@ -223,6 +223,13 @@ def test_options_of_a_decoder_go_along(pair):
     assert not torch.equal(pair.check(lambda vae: vae.decode(noise, options)), plain)
 
 
+@each(["ltxv", "taesd"])
+def test_random_state_travels_only_where_a_network_draws(pair):
+    pair.remote.decode(latents(pair)["samples"])
+    draws = pair.remote.first_stage_model.drawing == {"decode"}
+    assert draws == (pair.family == "ltxv")
+
+
 @each(["taesd", "wan"])
 def test_random_state_stays_where_nothing_is_drawn(pair):
     torch.manual_seed(1)
