@@ -1,7 +1,8 @@
 """What a GPU must show: `python -m benchmarks.gpu OUTPUT_FOLDER` writes gpu.json and gpu.md.
 
 The service, in a process of its own, has diffusers' AutoencoderKL at SDXL's configuration. Variants
-of one measurement take turns in one run. Figures are medians.
+of one measurement take turns in one run; a served decode stands between two in process, with which
+it is compared. Figures are medians.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ INPUTS = {
     "1024² image, 12.6 MB": (1, 1024, 1024, 3),
     "2048² image, 50 MB": (1, 2048, 2048, 3),
 }
-ROUNDS = {32: 80, 64: 50, 128: 30, 256: 20}
+ROUNDS = {32: 80, 64: 50, 128: 24, 256: 12}
 CROSSING_ROUNDS = 100
-WARM_UP = 4  # rounds
+WARM_UP = 2  # rounds
 CLIENTS = 8
 CLIENT_EDGE = 192
 CLIENT_CALLS = 6
@@ -53,28 +54,55 @@ def _latent(edge: int) -> torch.Tensor:
     return torch.randn(1, 4, edge, edge, generator=torch.Generator().manual_seed(edge))
 
 
-def _rounds(ways: dict[str, Way], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds until the result is there; a way may also say its milliseconds itself.
+def _taken(way: Way) -> float:
+    """Milliseconds until the result is there; a way may also say its milliseconds itself."""
+    start = time.perf_counter()
+    said = way()
+    torch.cuda.synchronize()
+    taken = said if isinstance(said, float) else 1e3 * (time.perf_counter() - start)
+    # To let go of a tensor of the service takes time of its own, which is not counted.
+    del said
+    return taken
 
-    In each round the ways come in another order: what one leaves behind meets each of the others.
-    """
+
+def _rounds(ways: dict[str, Way], rounds: int) -> dict[str, list[float]]:
+    """In each round in another order: what one way leaves behind meets each of the others."""
     times: dict[str, list[float]] = {way: [] for way in ways}
     order = random.Random(rounds)
     for number in range(rounds + WARM_UP):
         for way in order.sample(list(ways), len(ways)):
-            start = time.perf_counter()
-            said = ways[way]()
-            torch.cuda.synchronize()
-            taken = said if isinstance(said, float) else 1e3 * (time.perf_counter() - start)
-            # To let go of a tensor of the service takes time of its own, which is not counted.
-            del said
+            taken = _taken(ways[way])
             if number >= WARM_UP:
                 times[way].append(taken)
     return times
 
 
+def _between(base: Way, ways: dict[str, Way], rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """Each way, and the mean of `base` right before and right after: a GPU's clock drifts."""
+    times: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
+    order = random.Random(rounds)
+    for number in range(rounds + WARM_UP):
+        before = _taken(base)
+        for way in order.sample(list(ways), len(ways)):
+            taken, after = _taken(ways[way]), _taken(base)
+            if number >= WARM_UP:
+                times[way].append((taken, (before + after) / 2))
+            before = after
+    return times
+
+
 def _medians(times: dict[str, list[float]]) -> dict[str, float]:
-    return {way: round(statistics.median(taken), 3) for way, taken in times.items()}
+    return {way: round(statistics.median(taken), 4) for way, taken in times.items()}
+
+
+def _bare(luna: Luna) -> float:
+    """Milliseconds of a call of nothing, when the client keeps calling."""
+    times = []
+    for _ in range(10 * CROSSING_ROUNDS):
+        start = time.perf_counter()
+        luna._endpoint("vae").call("ping", (), {}, 10.0)
+        times.append(1e3 * (time.perf_counter() - start))
+    return round(statistics.median(times), 4)
 
 
 def _decodes(luna: Luna) -> tuple[Table, Table]:
@@ -90,35 +118,38 @@ def _decodes(luna: Luna) -> tuple[Table, Table]:
             ask("floor", (x,), {}, 60.0)
             asked.append((start, time.perf_counter()))
 
-        ways: dict[str, Way] = {
-            "in process": lambda x=latent: ask("in_process", (x, False), {}, 60.0),
-            "floor": floor,
-            "cuda": lambda x=latent: luna.vae.decode(x),
-            "in process to CPU": lambda x=latent: ask("in_process", (x, True), {}, 60.0),
-            "cpu": lambda x=latent: luna.vae.decode(x, device="cpu"),
-        }
-        times = _rounds(ways, ROUNDS[edge])
+        times = _between(
+            lambda x=latent: ask("in_process", (x, False), {}, 60.0),
+            {"floor": floor, "cuda": lambda x=latent: luna.vae.decode(x)},
+            ROUNDS[edge],
+        )
+        times |= _between(
+            lambda x=latent: ask("in_process", (x, True), {}, 60.0),
+            {"cpu": lambda x=latent: luna.vae.decode(x, device="cpu")},
+            ROUNDS[edge],
+        )
         name = f"{8 * edge}²"
-        found[name] = {**_medians(times), **_compared(times)}
+        found[name] = _compared(times)
         served = zip(asked, ask("parts", (), {}, 10.0), strict=True)
         parts[name] = _medians(_parts(list(served)[WARM_UP:]))
     return found, parts
 
 
-def _compared(times: dict[str, list[float]]) -> dict[str, float]:
-    """Of ways within one round, and the median of that: what drifts between rounds cancels out."""
-
-    def median(values: Iterator[float]) -> float:
-        return round(statistics.median(values), 4)
-
-    def pairs(one: str, other: str) -> Iterator[tuple[float, float]]:
-        return zip(times[one], times[other], strict=True)
-
-    return {
-        "floor - in process": median(a - b for a, b in pairs("floor", "in process")),
-        "cuda - floor": median(a - b for a, b in pairs("cuda", "floor")),
-        "cpu / in process": median(a / b for a, b in pairs("cpu", "in process to CPU")),
+def _compared(times: dict[str, list[tuple[float, float]]]) -> dict[str, float]:
+    """Differences and ratios are of neighbours, and then medians."""
+    floor, cuda, cpu = times["floor"], times["cuda"], times["cpu"]
+    over = {way: [taken - base for taken, base in times[way]] for way in ("floor", "cuda")}
+    columns = {
+        "in process": [base for _, base in floor],
+        "floor": [taken for taken, _ in floor],
+        "cuda": [taken for taken, _ in cuda],
+        "in process to CPU": [base for _, base in cpu],
+        "cpu": [taken for taken, _ in cpu],
+        "floor - in process": over["floor"],
+        "cuda - floor": [c - f for c, f in zip(over["cuda"], over["floor"], strict=True)],
+        "cpu / in process": [taken / base for taken, base in cpu],
     }
+    return _medians(columns)
 
 
 def _parts(floors: list[tuple[Span, Span]]) -> dict[str, list[float]]:
@@ -265,6 +296,7 @@ def _measure(folder: Path) -> dict[str, Any]:
             assert luna.carriers == {"vae": "cuda"}, luna.reasons
             decode, parts = _decodes(luna)
             found: dict[str, Any] = {
+                "bare call, ms": _bare(luna),
                 "decode": decode,
                 "floor": parts,
                 "crossing": _crossings(luna),
@@ -302,6 +334,7 @@ def _markdown(report: dict[str, Any]) -> str:
             for name, row in table.items()
         ]
         lines.append("")
+    lines.append(f"- bare call, ms: {report['bare call, ms']}")
     lines += [f"- {name}: {value}" for name, value in report["eight clients"].items()]
     lines.append("")
     lines += [f"- {'holds' if ok else 'FAILS'}: {text}" for text, ok in report["limits"].items()]
