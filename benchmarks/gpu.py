@@ -18,6 +18,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from multiprocessing.connection import Client, Connection
 from pathlib import Path
 from typing import Any
 
@@ -161,8 +163,11 @@ def _parts(floors: list[tuple[Span, Span]]) -> dict[str, list[float]]:
     }
 
 
-def _crossings(luna: Luna) -> Table:
-    """`returned`: the call is back with its tensor; `ready`: this GPU's stream is idle, too."""
+def _crossings(luna: Luna, pipe: Connection) -> Table:
+    """`returned`: the call is back with its tensor; `ready`: this GPU's stream is idle, too.
+
+    `torch alone`: the same by torch.multiprocessing's own pipe, on this machine.
+    """
     ask = luna._endpoint("vae").call
     found = {}
     for name, shape in CROSSINGS.items():
@@ -177,9 +182,17 @@ def _crossings(luna: Luna) -> Table:
         ready = _medians(_rounds({"ready": empty}, CROSSING_ROUNDS))
         copied = _rounds({"copied": lambda s=shape: ask("resident", s, {}, 60.0)}, CROSSING_ROUNDS)
         to_host = _rounds({"to CPU": lambda s=shape: ask("empty", s, {}, 60.0, "cpu")}, 8)
-        now = {"returned": round(statistics.median(returned[WARM_UP:]), 3)}
-        found[name] = {**now, **ready, **_medians(copied), **_medians(to_host)}
+        alone = _rounds({"torch alone": partial(_by_torch, pipe, shape)}, CROSSING_ROUNDS)
+        now = {"returned": round(statistics.median(returned[WARM_UP:]), 4)}
+        found[name] = now | ready | _medians(copied | to_host | alone)
     return found
+
+
+def _by_torch(pipe: Connection, shape: tuple[int, ...]) -> float:
+    start = time.perf_counter()
+    pipe.send(shape)
+    pipe.recv()
+    return 1e3 * (time.perf_counter() - start)
 
 
 def _inputs(luna: Luna) -> Table:
@@ -292,14 +305,15 @@ def _measure(folder: Path) -> dict[str, Any]:
     model = sdxl_vae(folder)
     with _process("gpu_service", path, str(model)) as service:
         assert service.stdout.readline(), "the service did not start"
-        with connect(vae=path, authkey=KEY) as luna:
+        pipe = Client(f"{path}.pipe", authkey=KEY)
+        with pipe, connect(vae=path, authkey=KEY) as luna:
             assert luna.carriers == {"vae": "cuda"}, luna.reasons
             decode, parts = _decodes(luna)
             found: dict[str, Any] = {
                 "bare call, ms": _bare(luna),
                 "decode": decode,
                 "floor": parts,
-                "crossing": _crossings(luna),
+                "crossing": _crossings(luna, pipe),
                 "input": _inputs(luna),
                 "eight clients": _together(path, luna),
             }
