@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import os
 import shlex
 import signal
 import sys
@@ -110,6 +111,7 @@ def serve(file: str | None, **flags: Any) -> None:
                     place = f"{ready['device']}, {ready['host']}:{ready['port']}"
                     click.echo(f"{role}: ready on {place}")
                 supervisor.run(should_stop)
+                click.echo(f"stopping: calls have {config.grace:g} s to end; Ctrl-C ends them now")
         finally:
             supervisor.stop()
     click.echo("stopped")
@@ -159,8 +161,8 @@ def status(as_json: bool, **where: Any) -> None:
     """What runs where, for whom, and how much it did."""
     from luna_mp.report import describe
 
-    with _connected(where) as luna:
-        found = {role: luna.status(role) for role in luna.carriers}
+    with _connected(where, "{}" if as_json else "") as luna:
+        found = {role: _of_others(luna.status(role)) for role in luna.carriers}
     click.echo(json.dumps(found, indent=2) if as_json else describe(found))
 
 
@@ -175,13 +177,22 @@ def stop(**where: Any) -> None:
             click.echo(f"{role}: stopping")
 
 
+def _of_others(status: dict[str, Any]) -> dict[str, Any]:
+    """Without the client that asks."""
+    clients = [client for client in status["clients"] if client["pid"] != os.getpid()]
+    return {**status, "clients": clients}
+
+
 @contextmanager
-def _connected(where: dict[str, Any]) -> Iterator[Any]:
+def _connected(where: dict[str, Any], instead: str = "") -> Iterator[Any]:
+    """A client; where nothing runs `instead` is printed, and the command ends."""
     from luna_mp.client import connect
 
     try:
         luna = connect(**where)
     except Unavailable as exc:
+        if instead:
+            click.echo(instead)
         click.echo(str(exc), err=True)
         sys.exit(NOTHING_RUNS)
     with luna:

@@ -257,6 +257,9 @@ def _checked_service(service: ServiceConfig) -> ServiceConfig:
             f"host {service.host!r} of {service.role} can be reached from other machines, and what "
             "crosses is neither encrypted nor sealed: use an SSH tunnel, or say --expose"
         )
+    for folder in service.allow:
+        if not Path(folder).expanduser().is_dir():
+            raise BadConfig(f"allow of {service.role}: {folder!r} is no directory on this machine")
     allow = (
         *service.allow,
         *([os.path.join(service.comfyui, "models")] if service.comfyui else []),

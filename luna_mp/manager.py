@@ -121,7 +121,15 @@ class Server(managers.Server):
         self._idle = threading.Condition()
 
     def __repr__(self) -> str:
-        return f"<Server {self.name} at {self.address!r}, {len(self._threads)} connections>"
+        return f"<Server {self.name} at {self.place}, {len(self._threads)} connections>"
+
+    @property
+    def place(self) -> str:
+        """The address, as `connect` takes it."""
+        if isinstance(self.address, str):
+            return self.address
+        host, port = self.address
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
     def serve_forever(self) -> None:
         """Accept until `stop`."""

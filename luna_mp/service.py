@@ -130,7 +130,7 @@ class Service:
             "role": self._config.role,
             "pid": os.getpid(),
             "uptime": time.time() - self._started,
-            "addresses": [str(server.address) for server in self._servers],
+            "addresses": [server.place for server in self._servers],
             "rss": psutil.Process().memory_info().rss,
             **self._worker.status(call),
             **self._sessions.to_data(),

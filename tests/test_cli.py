@@ -20,7 +20,7 @@ STATUS = {
     "pid": 7,
     "device": "cuda:0",
     "uptime": 12.0,
-    "addresses": ["/run/vae.sock", "('127.0.0.1', 19284)"],
+    "addresses": ["/run/vae.sock", "127.0.0.1:19284"],
     "models": [{"paths": ["/models/sdxl"], "dtype": "torch.float16", "bytes": 160 << 20}],
     "rss": 900 << 20,
     "memory": {"allocated": 170 << 20},
@@ -122,7 +122,8 @@ def test_signal_stops_the_services_with_status_0(signum):
         assert process.stdout.readline() == "clip: ready on cpu, h:9\n"
         os.kill(process.pid, signum)
         output, errors = process.communicate(timeout=20)
-    assert (process.returncode, output) == (0, "stopped\n"), errors
+    assert process.returncode == 0, errors
+    assert output.startswith("stopping: calls have 10 s to end") and output.endswith("\nstopped\n")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends a POSIX signal")
@@ -141,6 +142,11 @@ def test_signal_ends_a_boot_with_status_0(tmp_path):
         process.terminate()
         output, _ = process.communicate(timeout=20)
     assert (process.returncode, output) == (0, "stopped\n")
+
+
+def test_status_as_json_is_json_where_nothing_runs(runtime_dir):
+    result = run("status", "--json")
+    assert (result.exit_code, result.stdout) == (NOTHING_RUNS, "{}\n")
 
 
 @pytest.mark.parametrize("command", ["status", "stop"])

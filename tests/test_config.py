@@ -150,6 +150,12 @@ def test_host_that_others_reach_needs_expose(host):
         resolve(Settings(clip={"device": "cpu", "host": host}))
 
 
+def test_folders_that_clients_may_load_from_have_to_be_there(tmp_path):
+    assert resolve(Settings(vae={"allow": str(tmp_path)})).services[0].allow == (str(tmp_path),)
+    with pytest.raises(BadConfig, match="allow of vae: '/nope' is no directory"):
+        resolve(Settings(vae={"allow": "/nope"}))
+
+
 def test_expose_allows_any_host():
     said = Settings(clip={"device": "cpu", "host": "0.0.0.0", "expose": True})
     assert only(resolve(said)).host == "0.0.0.0"
