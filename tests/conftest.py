@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 
 # Before torch is imported: processes side by side would fight for the cores, and on a CPU the
 # number of threads shows in the last bits, so that ours and the services' must be one.
@@ -27,9 +28,20 @@ def held() -> dict[str, set[str]]:
         # tqdm's own, which transformers starts and nobody can end.
         "threads": {thread.name for thread in threading.enumerate()} - {"tqdm_monitor"},
         "descriptors": {link for link in links if link.startswith(("socket:", "/memfd:luna"))},
-        # The CUDA driver's files of clients that tests killed are not ours to remove.
-        "shared memory": {f for f in os.listdir("/dev/shm") if not f.startswith("cuda.shm")},
+        "shared memory": set(filter(is_ours, os.listdir("/dev/shm"))),
     }
+
+
+def is_ours(file: str) -> bool:
+    """Not those of other programs that run beside the tests.
+
+    Nor the CUDA driver's, of clients that tests killed, which are not ours to remove.
+    """
+    creator = re.match(r"torch_(\d+)_", file)
+    if creator is None or not psutil.pid_exists(int(creator[1])):
+        return not file.startswith("cuda.shm")
+    family = {os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))}
+    return int(creator[1]) in family
 
 
 def left_over(before: dict[str, set[str]]) -> dict[str, set[str]]:
