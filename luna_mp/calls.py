@@ -34,7 +34,7 @@ OnFault = Callable[[BaseException], None]
 
 
 class Call:
-    """One request under way, as the worker sees it: a context that ends when the reply is packed.
+    """One request under way, as the worker sees it: a context that ends with its turn.
 
     On a GPU the work may run on by then; it is queued, and the next in line may queue theirs.
     """
@@ -54,6 +54,8 @@ class Call:
         #: the event behind the work that the worker queued, where that is on a GPU
         self.after: Fence | None = None
         self.is_answered = False
+        #: why an answer that left early did not arrive
+        self.lost: LunaError | None = None
         self.deadline = Deadline(seconds, f"{method} for client {self.client[:8]}")
         self._held: AbstractContextManager[Any] | None = None
 
@@ -73,7 +75,8 @@ class Call:
         self._answerer.wait_for_room(self.deadline)
 
     def hold(self, context: AbstractContextManager[Any]) -> None:
-        """Enter it now, and leave it once the reply is packed; once in a call."""
+        """Enter it now, and leave it once the reply is packed, or sent; once in a call."""
+        assert self._held is None, f"{self!r} has its turn already"
         context.__enter__()
         self._held = context
 
@@ -146,8 +149,10 @@ class Calls:
             else:
                 packed = self._agree(request)
         except Exception as exc:  # the one boundary: what a worker raises becomes data
-            if is_gpu_fault(exc) or (call is not None and call.is_answered):
+            if is_gpu_fault(exc):
                 raise
+            if call is not None and call.is_answered:
+                raise RemoteFailure(f"{call.method} failed after it was answered: {exc}") from exc
             packed = self._channel.pack(_failure(exc))
         after = call.after if call is not None else None
         # On a GPU the inputs are read until the work is done, which the reply does not wait for.
@@ -157,6 +162,8 @@ class Calls:
         try:
             if call is None or not call.is_answered:
                 self._send(packed)
+            elif call.lost is not None:
+                raise call.lost
         finally:
             self._see_to_the_end(after)
 
@@ -164,13 +171,20 @@ class Calls:
         with call:
             result = self._exposed[call.method](call, *args, **kwargs)
             packed = self._channel.pack({"result": result})
-            # Before the turn is over where nobody waits for it longer: its end takes a while, too.
+            # Before the turn is over, the end of which takes longer than this.
             if self._channel.takes_at_once(packed):
-                self._send(packed)
-                call.is_answered = True
+                self._answer_early(call, packed)
         if not call.is_answered:
             packed.complete()
         return packed
+
+    def _answer_early(self, call: Call, packed: Packed) -> None:
+        call.is_answered = True
+        try:
+            self._send(packed)
+        except LunaError as exc:
+            # The turn ends as that of any other call.
+            call.lost = exc
 
     def _send(self, packed: Packed) -> None:
         self._channel.send_packed(packed, Patience(SEND_SECONDS, self._taking))

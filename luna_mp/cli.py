@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import os
 import shlex
 import signal
 import sys
@@ -111,7 +110,9 @@ def serve(file: str | None, **flags: Any) -> None:
                     place = f"{ready['device']}, {ready['host']}:{ready['port']}"
                     click.echo(f"{role}: ready on {place}")
                 supervisor.run(should_stop)
-                click.echo(f"stopping: calls have {config.grace:g} s to end; Ctrl-C ends them now")
+                if should_stop():
+                    grace = f"{config.grace:g} s"
+                    click.echo(f"stopping: calls have {grace} to end; Ctrl-C ends them now")
         finally:
             supervisor.stop()
     click.echo("stopped")
@@ -162,7 +163,7 @@ def status(as_json: bool, **where: Any) -> None:
     from luna_mp.report import describe
 
     with _connected(where, "{}" if as_json else "") as luna:
-        found = {role: _of_others(luna.status(role)) for role in luna.carriers}
+        found = {role: _without(client, luna.status(role)) for role, client in luna.ids.items()}
     click.echo(json.dumps(found, indent=2) if as_json else describe(found))
 
 
@@ -177,10 +178,9 @@ def stop(**where: Any) -> None:
             click.echo(f"{role}: stopping")
 
 
-def _of_others(status: dict[str, Any]) -> dict[str, Any]:
-    """Without the client that asks."""
-    clients = [client for client in status["clients"] if client["pid"] != os.getpid()]
-    return {**status, "clients": clients}
+def _without(client: str, status: dict[str, Any]) -> dict[str, Any]:
+    """The status without the client that asked for it."""
+    return {**status, "clients": [each for each in status["clients"] if each["client"] != client]}
 
 
 @contextmanager

@@ -61,6 +61,11 @@ class Luna:
         """Why no faster carrier is in use, by service; "" where the fastest is."""
         return {role: endpoint.reason for role, endpoint in self._endpoints.items()}
 
+    @property
+    def ids(self) -> dict[str, str]:
+        """The names under which the services know this client, as in `status`."""
+        return {role: endpoint.client_id for role, endpoint in self._endpoints.items()}
+
     def status(self, role: Role, timeout: float = CONNECT_SECONDS) -> dict[str, Any]:
         """What one service runs, for whom and how much: plain data."""
         return Proxy(self._endpoint(role)).status(timeout)

@@ -258,7 +258,7 @@ def _checked_service(service: ServiceConfig) -> ServiceConfig:
             "crosses is neither encrypted nor sealed: use an SSH tunnel, or say --expose"
         )
     for folder in service.allow:
-        if not Path(folder).expanduser().is_dir():
+        if not os.path.isdir(os.path.expanduser(folder)):
             raise BadConfig(f"allow of {service.role}: {folder!r} is no directory on this machine")
     allow = (
         *service.allow,

@@ -26,7 +26,7 @@ RECONNECT_SECONDS = 60.0
 RETRY_SECONDS = (0.02, 1.0)  # between two attempts, at first and at most
 MAX_CONNECTIONS = 16  # of one client to one service; more threads than that wait
 MAX_IDLE = 4
-GONE_SECONDS = 0.2  # in which a process that was killed is seen to have closed its sockets
+GONE_SECONDS = 1.0  # in which a process that was killed is seen to have closed its sockets
 WATCH_SECONDS = 0.5  # between two looks at whether the service is there, while its GPU is shared
 
 Address = str | tuple[str, int]
@@ -51,7 +51,7 @@ class Endpoint:
         self.reason = ""
         self._locate = locate
         self._key = key
-        self._client_id = uuid.uuid4().hex
+        self.client_id = uuid.uuid4().hex
         self._max_message = ServiceConfig.max_message
         self._importer = importer
         #: why the GPU is not shared any more, after that failed in mid-life
@@ -158,7 +158,8 @@ class Endpoint:
             raise
         except Broken as exc:
             # What cannot be opened since its service has died is no fault of the carrier.
-            has_failed = isinstance(exc, CarrierFailed) and not channel.stream.closes(GONE_SECONDS)
+            has_failed = isinstance(exc, CarrierFailed)
+            has_failed = has_failed and not channel.stream.has_closed_within(GONE_SECONDS)
             channel.close()
             if has_failed:
                 raise
@@ -184,7 +185,7 @@ class Endpoint:
             if self._pid != os.getpid():
                 # A fork shares its parent's sockets; what it reads there is the parent's.
                 self._idle, self._pid = [], os.getpid()
-                self._client_id = uuid.uuid4().hex
+                self.client_id = uuid.uuid4().hex
         while channel := self._pop():
             if not channel.stream.peer_has_gone:
                 return channel
@@ -224,7 +225,7 @@ class Endpoint:
         connected = stream.connect(self._locate(), deadline)
         channel = Channel(connected, self._max_message)
         try:
-            mine = handshake.identity(self._client_id, self._max_message)
+            mine = handshake.identity(self.client_id, self._max_message)
             theirs = handshake.greet(connected, self._key, mine)
             channel.max_message = min(self._max_message, theirs.max_message)
             if theirs.role != self.role:

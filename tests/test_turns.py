@@ -2,84 +2,143 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 import torch
 
 from luna_mp import errors
-from tests.helpers import endpoint, served, wait_until
+from luna_mp.calls import Calls
+from luna_mp.sessions import Sessions
+from luna_mp.wire import handshake
+from luna_mp.wire.carrier import Carrier
+from luna_mp.wire.probe import Answerer
+from tests.wire.pair import LIMIT, channels, soon
 from tests.workers.fakes import GPU_FAULT
 
 
 class Turn:
-    """Its end waits for `may_end`, and raises `error` if there is one."""
+    """Does something at its end, and notes whether the client had its reply by then."""
 
-    def __init__(self, error=None):
-        self.may_end = threading.Event()
-        self.is_over = False
-        self._error = error
+    def __init__(self, client, at_end=lambda: None):
+        self.had_reply = None
+        self._client = client
+        self._at_end = at_end
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        assert self.may_end.wait(10.0)
-        self.is_over = True
-        if self._error:
-            raise self._error
+        self.had_reply = self._client.stream.is_readable(0.0)
+        self._at_end()
 
 
-def in_turn(turn, result):
-    def method(call):
-        call.hold(turn)
-        return result
+class Connection:
+    """One request on its way to a service that answers `result`, in the turn that it gets."""
 
-    return {"method": method}
+    def __init__(self, client, service):
+        self.client = client
+        self.service = service
+        self.sessions = Sessions()
+        self.noted = []
 
+    def answer(self, turn, result):
+        def method(call):
+            call.hold(turn)
+            if isinstance(result, Exception):
+                raise result
+            return result
 
-def test_reply_leaves_before_the_turn_is_over(tmp_path):
-    turn = Turn()
-    with served(in_turn(turn, "small"), str(tmp_path / "sock")) as server:
-        with endpoint(server) as client:
-            assert client.call("method", (), {}, 10.0) == "small"
-            assert not turn.is_over
-            turn.may_end.set()
-            wait_until(lambda: turn.is_over)
+        identity = handshake.identity("", LIMIT)
+        session = self.sessions.join(identity, "local")
+        answerer = Answerer(self.service, identity, None)
+        exposed = {"method": method}
+        calls = Calls(
+            "vae", exposed, self.service, session, self.sessions, answerer, self.noted.append
+        )
+        request = {"method": "method", "args": (), "kwargs": {}, "timeout": 10.0}
+        self.client.send(request, soon())
+        calls.answer(calls.next())
 
-
-@pytest.mark.parametrize("result", ["x" * (1 << 20), torch.zeros(100)], ids=["long", "tensor"])
-def test_reply_that_might_have_to_wait_for_the_client_leaves_after_the_turn(tmp_path, result):
-    turn = Turn()
-    with served(in_turn(turn, result), str(tmp_path / "sock")) as server:
-        with endpoint(server) as client:
-            threading.Timer(0.2, turn.may_end.set).start()
-            client.call("method", (), {}, 10.0)
-            assert turn.is_over
-
-
-def test_fault_at_the_end_of_an_answered_turn_is_noted_and_ends_the_connection(tmp_path):
-    noted = []
-    turn = Turn(RuntimeError(GPU_FAULT))
-    exposed = in_turn(turn, "small")
-    with served(exposed, str(tmp_path / "sock"), on_fault=noted.append) as server:
-        with endpoint(server) as client:
-            assert client.call("method", (), {}, 10.0) == "small"
-            turn.may_end.set()
-            wait_until(lambda: noted)
-            wait_until(lambda: "0 connections" in repr(server))
+    @property
+    def figures(self):
+        [client] = self.sessions.to_data()["clients"]
+        return client["calls"], client["failures"]
 
 
-def test_error_of_a_call_in_its_turn_is_told_once(tmp_path):
-    turn = Turn()
-    turn.may_end.set()
+@pytest.fixture
+def connection():
+    with channels() as (left, right):
+        yield Connection(left, right)
 
-    def method(call):
-        call.hold(turn)
-        raise errors.Rejected("it takes none of this")
 
-    with served({"method": method}, str(tmp_path / "sock")) as server, endpoint(server) as client:
-        for _ in range(2):
-            with pytest.raises(errors.Rejected, match="none of this"):
-                client.call("method", (), {}, 10.0)
-        assert turn.is_over
+def raises(error):
+    def at_end():
+        raise error
+
+    return at_end
+
+
+def test_reply_leaves_before_the_turn_is_over(connection):
+    turn = Turn(connection.client)
+    connection.answer(turn, "small")
+    assert turn.had_reply
+    assert connection.client.recv(soon()) == {"result": "small"}
+    assert connection.figures == (1, 0)
+
+
+@pytest.mark.parametrize("result", ["x" * (1 << 15), torch.zeros(100)], ids=["long", "tensor"])
+def test_reply_that_might_wait_for_the_client_leaves_after_the_turn(connection, result):
+    turn = Turn(connection.client)
+    connection.answer(turn, result)
+    assert turn.had_reply is False
+    assert connection.client.stream.is_readable(0.0)
+
+
+class InUse(Carrier):
+    name = "in use"
+    is_in_use = True
+    pack = unpack = None
+
+
+def test_reply_of_a_call_that_uses_leases_leaves_after_the_turn(connection):
+    connection.service.use(InUse())
+    turn = Turn(connection.client)
+    connection.answer(turn, "small")
+    assert turn.had_reply is False
+
+
+def test_error_in_the_turn_is_told_once(connection):
+    connection.answer(Turn(connection.client), errors.Rejected("none of this"))
+    assert connection.client.recv(soon())["error"] == "none of this"
+    assert not connection.client.stream.is_readable(0.0)
+    assert connection.figures == (1, 1)
+
+
+def test_client_that_goes_as_it_is_answered_is_sent_nothing_more(connection, monkeypatch):
+    stream = type(connection.service.stream)
+
+    def goes(self):
+        connection.client.close()
+        return True
+
+    monkeypatch.setattr(stream, "is_writable", property(goes))
+    turn = Turn(connection.client)
+    with pytest.raises(errors.Broken, match="before it read the message"):
+        connection.answer(turn, "small")
+    assert turn.had_reply is not None
+    assert connection.figures == (1, 0)
+
+
+def test_error_at_the_end_of_an_answered_turn_ends_the_connection(connection):
+    turn = Turn(connection.client, raises(RuntimeError("CUDA error: out of memory")))
+    with pytest.raises(errors.RemoteFailure, match="method failed after it was answered: CUDA"):
+        connection.answer(turn, "small")
+    assert connection.client.recv(soon()) == {"result": "small"}
+    assert not connection.noted
+
+
+def test_fault_at_the_end_of_an_answered_turn_is_noted(connection):
+    turn = Turn(connection.client, raises(RuntimeError(GPU_FAULT)))
+    with pytest.raises(errors.RemoteFailure, match="lost its GPU"):
+        connection.answer(turn, "small")
+    assert connection.client.recv(soon()) == {"result": "small"}
+    assert [str(fault) for fault in connection.noted] == [GPU_FAULT]

@@ -106,7 +106,8 @@ class RemoteNetwork(Skeleton):
     def __init__(self, hollow: torch.nn.Module, remote: RemoteModel, output: torch.device) -> None:
         super().__init__(hollow, remote)
         self.__dict__["output"] = output
-        self.__dict__["drawing"] = set()
+        #: methods that drew nothing the last time
+        self.__dict__["calm"] = set()
 
     def __getattr__(self, name: str) -> Any:
         found = super().__getattr__(name)
@@ -121,16 +122,18 @@ class RemoteNetwork(Skeleton):
 
     def _run(self, method: str, tensor: torch.Tensor, **options: Any) -> torch.Tensor:
         # Few networks draw noise, and to send the state of a generator takes as long as a latent.
-        state = randomness.capture(tensor.device) if method in self.drawing else None
-        result: torch.Tensor
+        state = None if method in self.calm else randomness.capture(tensor.device)
+        result: torch.Tensor | None
         result, after = self.remote.call(
             "comfyui_network", method, tensor, options, state, device=self.output.type
         )
         if result is None:
-            self.drawing.add(method)
+            self.calm.remove(method)
             return self._run(method, tensor, **options)
         if after is not None:
             randomness.install(after, tensor.device)
+        elif state is not None:
+            self.calm.add(method)
         return result
 
 

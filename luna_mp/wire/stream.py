@@ -216,9 +216,13 @@ class Stream:
             return bool(self._poll.poll(1e3 * seconds))
         return bool(select.select([self._sock], [], [], seconds)[0])
 
-    def closes(self, seconds: float) -> bool:
-        """Wait so long for the peer to close."""
-        return self.is_readable(seconds) and self.has_closed
+    def has_closed_within(self, seconds: float) -> bool:
+        """Wait so long for the peer to close, whatever it sent before."""
+        hang_up = getattr(select, "POLLRDHUP", 0)
+        if not hang_up or self._poll is None:
+            return self.is_readable(seconds) and self.has_closed
+        self._poll.modify(self._sock, hang_up)
+        return bool(self._poll.poll(1e3 * seconds))
 
     @property
     def has_closed(self) -> bool:

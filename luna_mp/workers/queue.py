@@ -34,7 +34,7 @@ class Call(Protocol):
     """Set by the worker: the event behind the work that it queued on a GPU."""
 
     def hold(self, context: AbstractContextManager[Any]) -> None:
-        """Enter it now, and leave it once the reply is packed; once in a call."""
+        """Enter it now, and leave it once the reply is packed, or sent; once in a call."""
 
     def place(self, step: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Run the last step of the result where the client may share its memory."""

@@ -224,10 +224,26 @@ def test_options_of_a_decoder_go_along(pair):
 
 
 @each(["ltxv", "taesd"])
-def test_random_state_travels_only_where_a_network_draws(pair):
-    pair.remote.decode(latents(pair)["samples"])
-    draws = pair.remote.first_stage_model.drawing == {"decode"}
-    assert draws == (pair.family == "ltxv")
+def test_random_state_travels_again_only_where_a_network_draws(pair, monkeypatch):
+    sent = []
+    model = type(pair.remote.first_stage_model.remote)
+    call = model.call
+
+    def noted(self, method, *args, **options):
+        sent.append(args[3] is not None)
+        return call(self, method, *args, **options)
+
+    monkeypatch.setattr(model, "call", noted)
+    pair.remote.first_stage_model.calm.clear()
+    for _ in range(2):
+        pair.remote.decode(latents(pair)["samples"])
+    assert sent == [True, pair.family == "ltxv"]
+
+
+@each(["ltxv"])
+def test_network_that_draws_only_now_is_asked_again_with_the_random_state(pair):
+    pair.remote.first_stage_model.calm.add("decode")
+    pair.check(lambda vae: vae.decode(latents(pair)["samples"]))
 
 
 @each(["taesd", "wan"])

@@ -59,7 +59,7 @@ class Decoding(threading.Thread):
 
 
 def replies(luna, count):
-    """Whether that many replies have left: turns end with them."""
+    """Whether that many replies have left: their turns end at once after them."""
     methods = luna.status("vae")["queue"]["methods"]
     return "decode" in methods and methods["decode"]["calls"] >= count
 

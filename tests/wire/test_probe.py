@@ -43,7 +43,7 @@ class Service:
         self.on_run = lambda: None
 
     def exposed(self):
-        return {"double": self.double, "numbers": self.numbers, "wait": self.wait}
+        return {call.__name__: call for call in (self.double, self.numbers, self.more, self.wait)}
 
     def double(self, call, tensor):
         self.runs += 1
@@ -53,6 +53,10 @@ class Service:
         self.runs += 1
         self.on_run()
         return torch.arange(BIG)
+
+    def more(self, call):
+        """Of the GPU, and behind it of the host."""
+        return [self.numbers(call), torch.zeros(100)]
 
     def wait(self, call):
         self.entered.set()
@@ -328,8 +332,8 @@ def test_a_result_that_cannot_be_opened_since_its_service_died_is_no_fault_of_th
             raise CarrierFailed(LOST)
 
         monkeypatch.setattr(ClientEnd, "_check", die)
-        with pytest.raises(errors.Broken, match="was lost during numbers"):
-            call(client, "numbers")
+        with pytest.raises(errors.Broken, match="was lost during more"):
+            call(client, "more")
         assert (client.carrier, client.reason) == ("cuda", "")
         assert service.runs == 2
 

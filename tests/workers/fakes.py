@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-
 import torch
 
 from luna_mp.models.base import ClipModel, Conditioning, ModelSpec, VaeModel, at_once
@@ -23,13 +21,14 @@ class FakeCall:
         self.client = client
         self.method = method
         self.is_gone = False
-        self.held = ExitStack()
+        self.held = None
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
-        self.held.__exit__(*error)
+        if self.held is not None:
+            self.held.__exit__(*error)
 
     def is_abandoned(self):
         return self.is_gone
@@ -38,7 +37,9 @@ class FakeCall:
         pass
 
     def hold(self, context):
-        self.held.enter_context(context)
+        assert self.held is None
+        context.__enter__()
+        self.held = context
 
     def place(self, step):
         return step()
