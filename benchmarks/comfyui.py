@@ -2,19 +2,16 @@
 
 `COMFYUI_PATH=… python -m benchmarks.comfyui OUTPUT_FOLDER` writes comfyui.json and comfyui.md. The
 models are SDXL's architectures with random weights, loaded by ComfyUI's own loaders on both sides;
-latents come from the CPU and images go there, as ComfyUI has it. Each use of the proxy stands
-between two local ones, with which it is compared, in time and in bits. Figures are medians, in
-milliseconds; `network` is what is different between the two: the network's work, or the call that
-stands for it.
+latents come from the CPU and images go there, as ComfyUI has it. Each use of the proxy follows a
+local one, with which it is compared, in time and in bits. Figures are medians, in milliseconds.
+`network`: the network's work, or the call that stands for it and brings the result to the CPU.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,6 +25,7 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "backend:cudaMallocAsync")
 import torch
 
 import luna_mp
+from benchmarks.gpu_report import where
 from luna_mp.models.comfy_import import import_comfy
 from tests.models import comfy_makers
 
@@ -49,7 +47,8 @@ def main() -> int:
             clip="cuda", vae="cuda", comfyui=comfyui, runtime_dir=f"{models}/run", **files
         ):
             os.environ["LUNA_MP_RUNTIME_DIR"] = f"{models}/run"
-            report = {**_machine(), **_vae(comfy, files), **_clip(comfy, files)}
+            report = {**where(), "allocator": torch.cuda.get_allocator_backend()}
+            report |= {**_vae(comfy, files), **_clip(comfy, files)}
     (folder / "comfyui.json").write_text(json.dumps(report, indent=2) + "\n")
     (folder / "comfyui.md").write_text(_table(report))
     print(_table(report))  # noqa: T201
@@ -68,8 +67,12 @@ def _vae(comfy: Any, files: dict[str, Any]) -> dict[str, Any]:
     for edge, rounds in EDGES.items():
         latents = torch.randn(rounds + 3, 1, 4, edge // 8, edge // 8)
         pairs = [_pair(lambda z=z: local.decode(z), lambda z=z: remote.decode(z)) for z in latents]
-        here, there = (statistics.median(times[-rounds:]) for times in networks)
-        network = {"network": here, "proxy_network": there}
+        # Of two local ones the second is counted.
+        here, there = networks[0][-2 * rounds + 1 :: 2], networks[1][-rounds:]
+        network = {
+            "network": statistics.median(here),
+            "proxy_network": statistics.median(there),
+        }
         rows.append({"what": f"VAEDecode {edge}²", **_summary(pairs[3:]), **network})
     return {"vae": rows, "carrier": service("vae").carrier, "differences": differences}
 
@@ -120,10 +123,14 @@ def _timed(network: Any) -> list[float]:
 
 
 def _pair(local: Way, proxy: Way) -> tuple[float, float]:
-    """Milliseconds of each, local right before and right after; the results are the same bits."""
-    (before, here), (taken, there), (after, _) = map(_taken, (local, proxy, local))
-    assert torch.equal(here, there) and here.stride() == there.stride()
-    return (before + after) / 2, taken
+    """Milliseconds of each, right after work of this process on the GPU; results are the same bits.
+
+    So both find the GPU as a sampler leaves it: to come from another process takes it a while.
+    """
+    local()
+    (here, mine), (there, got) = map(_taken, (local, proxy))
+    assert torch.equal(mine, got) and mine.stride() == got.stride()
+    return here, there
 
 
 def _taken(way: Way) -> tuple[float, torch.Tensor]:
@@ -139,22 +146,10 @@ def _summary(pairs: list[tuple[float, float]]) -> dict[str, Any]:
     return {"local": local, "proxy": proxy, "ratio": ratio, "rounds": len(pairs)}
 
 
-def _machine() -> dict[str, Any]:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "driver": subprocess.run(query, capture_output=True, text=True).stdout.strip(),
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-        "allocator": torch.cuda.get_allocator_backend(),
-        "commit": os.environ.get("LUNA_MP_COMMIT", "unknown"),
-    }
-
-
 def _table(report: dict[str, Any]) -> str:
     head = (
         "# ComfyUI, local against proxy\n\n"
-        "{gpu}, driver {driver}, torch {torch}, client allocator {allocator}, commit {commit}; "
+        "{card}, driver {driver}, torch {torch}, client allocator {allocator}, commit {commit}; "
         "VAE by {carrier}. Milliseconds, medians.\n\n"
         "| | local | of it network | proxy | of it network | ratio | rounds |\n"
         "|---|---|---|---|---|---|---|\n"
