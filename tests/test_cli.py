@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from luna_mp import supervisor as supervisor_module
-from luna_mp.cli import NOTHING_RUNS, _said, main
+from luna_mp.cli import NOTHING_RUNS, _said, _without, main
 from luna_mp.config import resolve
 from luna_mp.report import describe
 from tests.helpers import wait_until
@@ -153,6 +153,11 @@ def test_status_as_json_is_json_where_nothing_runs(runtime_dir):
 def test_nothing_running_has_a_status_of_its_own(command, runtime_dir):
     result = run(command)
     assert result.exit_code == NOTHING_RUNS and "luna-mp serve" in result.stderr
+
+
+def test_status_leaves_out_the_client_that_asks():
+    assert _without("c" * 32, STATUS)["clients"] == []
+    assert _without("another", STATUS) == STATUS
 
 
 def test_report_says_what_runs_where():

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from luna_mp import errors, manager
+from luna_mp.client import _parse
 from luna_mp.deadline import Deadline
 from luna_mp.endpoint import Endpoint
 from luna_mp.wire import handshake, stream
@@ -299,3 +300,14 @@ def test_a_check_does_not_wait_for_a_service_that_was_there(tmp_path):
 def test_a_host_that_is_not_there_is_unavailable():
     with pytest.raises(errors.Unavailable, match="host.invalid:1 cannot be reached"):
         stream.connect(("host.invalid", 1), Deadline(30, "the test"))
+
+
+@pytest.mark.parametrize(("host", "shown"), [("127.0.0.1", "127.0.0.1"), ("::1", "[::1]")])
+def test_place_of_a_server_is_an_address_that_clients_take(host, shown):
+    try:
+        stream.listen((host, 0)).close()
+    except errors.LunaError:
+        pytest.skip(f"this machine has no {host}")
+    with served(EXPOSED, (host, 0)) as server:
+        assert server.place == f"{shown}:{server.address[1]}"
+        assert _parse(server.place) == server.address
