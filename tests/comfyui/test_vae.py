@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, NamedTuple
 
 import pytest
@@ -218,6 +219,8 @@ def test_noise_that_a_decoder_draws_is_the_callers(pair):
 @each(["ltxv"])
 def test_options_of_a_decoder_go_along(pair):
     options = {"timestep": 0.3, "noise_scale": 0.5}
+    if "timestep" not in inspect.signature(pair.local.first_stage_model.decode).parameters:
+        pytest.skip("this ComfyUI's decoders take no options")
     noise = latents(pair)["samples"]
     plain = pair.check(lambda vae: vae.decode(noise))
     assert not torch.equal(pair.check(lambda vae: vae.decode(noise, options)), plain)

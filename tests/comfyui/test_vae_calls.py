@@ -49,8 +49,10 @@ def local(comfy, folder):
 
 
 @pytest.fixture
-def progress(comfy):
-    """Sets the hook that ComfyUI's own server sets."""
+def progress(comfy, monkeypatch):
+    """Sets the hook that ComfyUI's own server sets; newer versions tell it of each step at most."""
+    for limit in ("INTERVAL", "PERCENT"):
+        monkeypatch.setattr(comfy.utils, f"PROGRESS_THROTTLE_MIN_{limit}", 0, raising=False)
     yield comfy.utils.set_progress_bar_global_hook
     comfy.utils.set_progress_bar_global_hook(None)
 

@@ -55,7 +55,15 @@ FAMILIES = {
         (1, 4, 16, 16),
     ),
     "taesd": Family({"taesd_decoder.1.weight": (64, 4, 3, 3)}, (1, 4, 8, 8)),
-    "wan": Family({"decoder.middle.0.residual.0.gamma": (384, 1, 1, 1)}, (1, 16, 2, 8, 8)),
+    "wan": Family(
+        {
+            "decoder.middle.0.residual.0.gamma": (384, 1, 1, 1),
+            "decoder.head.0.gamma": (96, 1, 1, 1),
+            "encoder.conv1.weight": (96, 3, 3, 3, 3),
+            "decoder.head.2.weight": (3, 96, 3, 3, 3),
+        },
+        (1, 16, 2, 8, 8),
+    ),
     "ltxv": Family(
         {"decoder.up_blocks.0.res_blocks.0.conv1.conv.weight": (128, 128, 3, 3, 3)},
         (1, 128, 2, 3, 3),
