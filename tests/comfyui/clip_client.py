@@ -11,6 +11,7 @@ import json
 import random
 import sys
 import tempfile
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ PATCHED = "te_text_model_encoder_layers_2_"  # one layer shows in all that follo
 
 
 def main(seed: int, calls: int, model: str, comfyui: str) -> None:
-    comfy = import_comfy(comfyui, torch.device("cpu"))
+    # Some forks print what they find.
+    with redirect_stdout(sys.stderr):
+        comfy = import_comfy(comfyui, torch.device("cpu"))
     from luna_mp.integrations import comfyui as ours
     from luna_mp.integrations.comfyui_service import service
 
