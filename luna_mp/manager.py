@@ -59,7 +59,7 @@ class _Listener:
             sock, peer = self._socket.accept()
         except BlockingIOError:
             return None
-        return Stream(sock, f"{peer[0]}:{peer[1]}" if peer else "a local client")
+        return Stream(sock, stream.place_of(peer[:2]) if peer else "a local client")
 
     def wake(self) -> None:
         """End a wait in `accept` at once, from another thread."""
@@ -126,10 +126,7 @@ class Server(managers.Server):
     @property
     def place(self) -> str:
         """The address, as `connect` takes it."""
-        if isinstance(self.address, str):
-            return self.address
-        host, port = self.address
-        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        return stream.place_of(self.address)
 
     def serve_forever(self) -> None:
         """Accept until `stop`."""

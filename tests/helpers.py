@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from luna_mp.calls import OnFault
+from luna_mp.calls import Calls, OnFault
 from luna_mp.endpoint import Endpoint
 from luna_mp.manager import LocalManager, RemoteManager, Server
 from luna_mp.sessions import Sessions
-from luna_mp.wire.probe import Importer
+from luna_mp.wire import handshake
+from luna_mp.wire.channel import Channel
+from luna_mp.wire.probe import Answerer, Importer
 
 KEY = bytes(range(32))
 LIMIT = 1 << 28
@@ -25,6 +27,25 @@ def wait_until(condition: Callable[[], Any], seconds: float = 10.0) -> Any:
         assert time.monotonic() < end, f"{condition} was not true within {seconds} s"
         time.sleep(0.005)
     return value
+
+
+def request(method: str, *args: Any) -> dict[str, Any]:
+    """The message that asks for a call."""
+    return {"method": method, "args": args, "kwargs": {}, "timeout": 10.0}
+
+
+def calls_over(
+    channel: Channel,
+    exposed: dict[str, Callable[..., Any]],
+    sessions: Sessions,
+    exporter: Any = None,
+    on_fault: OnFault = lambda fault: None,
+) -> Calls:
+    """The service's end of a connection, without its thread: the test answers call by call."""
+    identity = handshake.identity("", LIMIT)
+    session = sessions.join(identity, "local")
+    answerer = Answerer(channel, identity, exporter)
+    return Calls("vae", exposed, channel, session, sessions, answerer, on_fault)
 
 
 @contextmanager

@@ -11,18 +11,15 @@ import torch
 
 import luna_mp
 from luna_mp import errors, supervisor
-from luna_mp.calls import Calls
 from luna_mp.config import ServeConfig, ServiceConfig
 from luna_mp.faults import is_gpu_fault, is_out_of_memory
 from luna_mp.sessions import Sessions
 from luna_mp.supervisor import Supervisor
-from luna_mp.wire import handshake
 from luna_mp.wire.carrier import Carrier
-from luna_mp.wire.probe import Answerer
 from luna_mp.workers.vae import VaeWorker
-from tests.helpers import endpoint, served, wait_until
+from tests.helpers import calls_over, endpoint, request, served, wait_until
 from tests.test_supervisor import running
-from tests.wire.pair import LIMIT, channels, soon
+from tests.wire.pair import channels, soon
 from tests.workers.fakes import GPU_FAULT, FakeVaeOnBrokenGpu, called, library
 
 BIG = 40_000  # elements; more than what is sent inline for being small
@@ -129,10 +126,6 @@ def fails(call):
 EXPOSED = {"echo": lambda call, tensor: tensor, "waits_for_room": waits_for_room, "fails": fails}
 
 
-def request(method, *args):
-    return {"method": method, "args": args, "kwargs": {}, "timeout": 10.0}
-
-
 @pytest.mark.parametrize(
     ("message", "place", "carrier"),
     [
@@ -152,10 +145,7 @@ def test_a_fault_is_noted_wherever_it_shows_before_the_client_is_told(message, p
             own.name = carrier
             end.use(own)
         left.send(message, soon())
-        sessions, identity = Sessions(), handshake.identity("", LIMIT)
-        session = sessions.join(identity, "local")
-        answerer = Answerer(right, identity, FaultyExporter())
-        calls = Calls("vae", EXPOSED, right, session, sessions, answerer, noted.append)
+        calls = calls_over(right, EXPOSED, Sessions(), FaultyExporter(), noted.append)
         with pytest.raises(errors.RemoteFailure, match=LOST):
             calls.answer(calls.next())
         reply = left.recv(soon())
@@ -246,10 +236,7 @@ def test_a_result_for_which_there_is_no_room_is_a_lack_of_memory(tmp_path):
         left.use(FaultyCarrier())
         right.use(FullCarrier("pack"))
         left.send(request("echo", torch.zeros(BIG)), soon())
-        sessions, identity = Sessions(), handshake.identity("", LIMIT)
-        answerer = Answerer(right, identity, FaultyExporter())
-        session = sessions.join(identity, "local")
-        calls = Calls("vae", EXPOSED, right, session, sessions, answerer, None)
+        calls = calls_over(right, EXPOSED, Sessions(), FaultyExporter())
         calls.answer(calls.next())
         assert left.recv(soon())["kind"] == "OutOfMemory"
 

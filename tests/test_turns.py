@@ -6,12 +6,10 @@ import pytest
 import torch
 
 from luna_mp import errors
-from luna_mp.calls import Calls
 from luna_mp.sessions import Sessions
-from luna_mp.wire import handshake
 from luna_mp.wire.carrier import Carrier
-from luna_mp.wire.probe import Answerer
-from tests.wire.pair import LIMIT, channels, soon
+from tests.helpers import calls_over, request
+from tests.wire.pair import channels, soon
 from tests.workers.fakes import GPU_FAULT
 
 
@@ -47,15 +45,9 @@ class Connection:
                 raise result
             return result
 
-        identity = handshake.identity("", LIMIT)
-        session = self.sessions.join(identity, "local")
-        answerer = Answerer(self.service, identity, None)
         exposed = {"method": method}
-        calls = Calls(
-            "vae", exposed, self.service, session, self.sessions, answerer, self.noted.append
-        )
-        request = {"method": "method", "args": (), "kwargs": {}, "timeout": 10.0}
-        self.client.send(request, soon())
+        calls = calls_over(self.service, exposed, self.sessions, on_fault=self.noted.append)
+        self.client.send(request("method"), soon())
         calls.answer(calls.next())
 
     @property

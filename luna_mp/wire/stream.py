@@ -14,7 +14,7 @@ from typing import Any
 from luna_mp.deadline import Deadline
 from luna_mp.errors import Broken, LunaError, Unavailable
 
-__all__ = ("NeverRead", "Stream", "connect", "listen")
+__all__ = ("NeverRead", "Stream", "connect", "listen", "place_of")
 
 MAX_FDS = 16  # descriptors that one header may bring
 BACKLOG = 128
@@ -251,9 +251,17 @@ class Stream:
         self._sock.close()
 
 
+def place_of(address: str | tuple[str, int]) -> str:
+    """A Unix socket's path, or (host, port), as people read and type it."""
+    if isinstance(address, str):
+        return address
+    host, port = address
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def connect(address: str | tuple[str, int], deadline: Deadline) -> Stream:
     """Connect to a Unix socket's path or to (host, port); raises `Unavailable`."""
-    peer = address if isinstance(address, str) else f"{address[0]}:{address[1]}"
+    peer = place_of(address)
     try:
         if isinstance(address, str):
             sock = _connect_unix(address, deadline)
@@ -291,13 +299,14 @@ def listen(address: str | tuple[str, int]) -> socket.socket:
         family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         return socket.create_server(address, family=family, backlog=BACKLOG)
     except OSError as exc:
-        where = address if isinstance(address, str) else f"{address[0]}:{address[1]}"
         remedy = ""
         if exc.errno == errno.EADDRINUSE:
             remedy = (
                 "; if a service runs already (`luna-mp status`), use that, or name another port"
             )
-        raise LunaError(f"cannot listen at {where}: {exc.strerror or exc}{remedy}") from exc
+        raise LunaError(
+            f"cannot listen at {place_of(address)}: {exc.strerror or exc}{remedy}"
+        ) from exc
 
 
 def _listen_unix(path: str) -> socket.socket:
