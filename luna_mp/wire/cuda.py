@@ -91,6 +91,7 @@ class Exporter:
             # before, has nothing to find here and takes longer than this.
             _, handle, size, offset, *signs = storage._share_cuda_()
         counter, slot, event, must_wait = signs
+        must_wait = must_wait and not torch.cuda.current_stream(self.device).query()
         counts = _TorchCounter(counter, slot)
         number = self.book.add(owner, how.nbytes, storage, counts)
         out.undo.append(counts.release)

@@ -64,6 +64,7 @@ class ImportingCarrier(Carrier):
         if not self._by_runtime and torch.cuda.get_allocator_backend() != "native":
             cuda_runtime.require()
         self._mappings = cuda_runtime.Mappings(self._device)
+        self._opened_last = 0  # the number of a lease
 
     def pack(self, tensor: torch.Tensor, out: Outgoing) -> Token:
         storage = tensor.untyped_storage()
@@ -81,38 +82,61 @@ class ImportingCarrier(Carrier):
     def unpack(self, token: Token, source: Incoming) -> torch.Tensor:
         number, _, handle, size, offset, counter, slot, event, must_wait, *how = token
         parsed = layout.parse(tuple(how), source.limit)
+        export = (number, handle, size, offset, counter, slot, event, must_wait)
+        run = None
         try:
-            # What takes its time is done while the service's GPU works.
+            # This queues nothing, so it need not wait for the service's GPU, as torch's import has
+            # to: that waits for the event on this process's stream.
             if self._by_runtime:
-                self._mappings.segment(handle)
+                run = self._opened(*export)
             target = _host_memory(parsed.nbytes) if source.to_host else None
             if must_wait:
                 source.wait(torch.cuda.Event.from_ipc_handle(self._device, event).query)
-            run = self._opened(handle, size, offset, counter, slot, event, must_wait)
+            if run is None:
+                run = self._opened(*export)
             if size > parsed.nbytes:
                 run = run[: parsed.nbytes]
             if target is not None:
                 run = target.copy_(run)
-        except RuntimeError as exc:
+        except BaseException as exc:
+            # A caller may keep the error, and with it this frame; the memory is the service's.
+            run = None
+            if not isinstance(exc, RuntimeError):
+                raise
             raise CarrierFailed(f"cuda: {str(exc).splitlines()[0]}") from exc
         if run.is_cuda:
             self._remember(number, run)
         return layout.restore(parsed, run)
 
     def discard(self, token: Token) -> None:
-        _, _, _, _, _, counter, slot, *_ = token
-        torch.UntypedStorage._release_ipc_counter_cuda(counter, slot)
+        number, _, _, _, _, counter, slot, *_ = token
+        # What was opened is let go of when its tensor is.
+        if number != self._opened_last:
+            torch.UntypedStorage._release_ipc_counter_cuda(counter, slot)
 
     def close(self) -> None:
         self._mappings.close()
 
     def _opened(
-        self, handle: bytes, size: int, offset: int, counter: bytes, slot: int, *signs: Any
+        self,
+        number: int,
+        handle: bytes,
+        size: int,
+        offset: int,
+        counter: bytes,
+        slot: int,
+        *signs: Any,
     ) -> torch.Tensor:
         """The whole export: uint8 [size]; `signs`: the event, and whether to wait for it."""
         if self._by_runtime:
             segment = self._mappings.segment(handle)
-            return cuda_runtime.over(segment, size, offset, counter, slot, self._device)
+            run = cuda_runtime.over(segment, size, offset, counter, slot, self._device)
+        else:
+            run = self._rebuilt(handle, size, offset, counter, slot, *signs)
+        self._opened_last = number
+        return run
+
+    def _rebuilt(self, handle: bytes, size: int, offset: int, *signs: Any) -> torch.Tensor:
         with torch.cuda.device(self._device):
             run: torch.Tensor = reductions.rebuild_cuda_tensor(
                 torch.Tensor,
@@ -126,8 +150,6 @@ class ImportingCarrier(Carrier):
                 size,
                 offset,
                 False,
-                counter,
-                slot,
                 *signs,
             )
         return run

@@ -62,11 +62,12 @@ def over(
 ) -> torch.Tensor:
     """What `rebuild_cuda_tensor` does, without torch's allocator: uint8 [size] on `device`.
 
-    What the service writes there must be done. Raises `RuntimeError`.
+    It queues nothing; use it once what the service writes there is done. Raises `RuntimeError`.
     """
     owner = _Foreign(segment.base + offset, size)
+    run = torch.as_tensor(owner, device=device)
     weakref.finalize(owner, _let_go, segment, counter, slot, device).atexit = False
-    return torch.as_tensor(owner, device=device)
+    return run
 
 
 class _Foreign:
