@@ -22,7 +22,7 @@ from luna_mp.errors import Broken, Rejected, TimedOut
 from luna_mp.wire import codec
 from luna_mp.wire.carrier import Carrier, Fence, Incoming, NoRoom, Outgoing, Token
 from luna_mp.wire.inline import InlineCarrier
-from luna_mp.wire.stream import CLIENT_SPIN, NAP, NeverRead, Stream
+from luna_mp.wire.stream import CLIENT_SPIN, NeverRead, Stream, nap
 
 __all__ = ("Channel", "Packed")
 
@@ -33,8 +33,6 @@ MAX_PICKLED = 64 << 20  # bytes; a prompt of ten thousand words takes a tenth of
 INLINE_BELOW = 32 << 10  # bytes; smaller tensors cost less beside the message than in a segment
 AT_ONCE = 16 << 10  # bytes; a socket that can be written to at all has room for more
 MESSAGE_SECONDS = 60.0  # for more of a message to arrive once its first byte has
-NAP_SHARE = 1 / 4000  # of what a peer's GPU took so far, between two looks at it
-LONG_NAP = 1e-3  # seconds, and no longer
 
 
 class Channel:
@@ -265,7 +263,7 @@ class _Body:
             if self._stream.is_readable(0.0) and not is_done():
                 raise Broken(f"{self._stream.peer} ended before its GPU was done")
             if (waited := time.perf_counter() - start) > CLIENT_SPIN:
-                time.sleep(min(max(NAP, NAP_SHARE * waited), LONG_NAP))
+                nap(waited)
 
     def _ask(self) -> None:
         """Whether the wait is still wanted. What the caller's own check raises stays what it is."""

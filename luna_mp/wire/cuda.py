@@ -1,10 +1,10 @@
 """Carrier for one GPU: the tensor stays where it is, and what crosses says where that is.
 
     service                                       client, in cuda_client.py
-    result ─ made, or copied once on the GPU,     waits for the reducer's event, then, by the CUDA
-    into memory that holds results only ─         runtime, or torch's rebuild_cuda_tensor where that
-    torch's reducer ── its arguments ───────────▶ is not installed: a tensor over the same memory
-    noted in the lease book
+    result ─ made, or copied once on the GPU,     by the CUDA runtime, or rebuild_cuda_tensor where
+    into memory that holds results only ─         that is not installed: a tensor over the same
+    torch's reducer ── its arguments ───────────▶ memory, which is given out once the reducer's
+    noted in the lease book                       event has come
     tensor itself ◀──────── lease's number ────── the same tensor as an argument, or a view of it
 
 The service's stream is not waited for: the reply leaves when the work is queued. The client waits
@@ -95,7 +95,7 @@ class Exporter:
         counts = _TorchCounter(counter, slot)
         number = self.book.add(owner, how.nbytes, storage, counts)
         out.undo.append(counts.release)
-        return (number, self.uuid, handle, size, offset, counter, slot, event, must_wait, *how)
+        return (number, self.uuid, handle, size, offset, counter, slot, event, must_wait, how.text)
 
     def _is_placed(self, source: torch.Tensor, nbytes: int) -> bool:
         """Once for each: a tensor that was exported before is somebody's."""
@@ -141,8 +141,8 @@ class ExportingCarrier(Carrier):
 
     def unpack(self, token: Token, source: Incoming) -> torch.Tensor:
         match token:
-            case (int(number), int(start), *how) if start >= 0:
-                parsed = layout.parse(tuple(how), source.limit)
+            case (int(number), int(start), how) if start >= 0:
+                parsed = layout.parse(how, source.limit)
             case _:
                 raise Rejected(f"a leased tensor's token is malformed: {str(token)[:200]}")
         held = self._exporter.book.get(number, self._owner)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 import torch
 from torch.multiprocessing import reductions
@@ -59,7 +58,7 @@ class ImportingCarrier(Carrier):
         for old in [owner for owner in _leased if owner.is_gone()]:
             _leased.pop(old, None)
         self._leased = _leased.setdefault(service, {})
-        # torch's own import is slower, and queues a wait for the service on this process's stream.
+        # torch's own import is slower.
         self._by_runtime = cuda_runtime.is_there()
         if not self._by_runtime and torch.cuda.get_allocator_backend() != "native":
             cuda_runtime.require()
@@ -77,36 +76,33 @@ class ImportingCarrier(Carrier):
         # The service's stream knows nothing of what this process has queued on the tensor.
         torch.cuda.current_stream(self._device).synchronize()
         how = Layout(layout.name_of(tensor.dtype), tuple(tensor.shape), tensor.stride(), False)
-        return (number, tensor.storage_offset() * tensor.itemsize, *how)
+        return (number, tensor.storage_offset() * tensor.itemsize, how.text)
 
     def unpack(self, token: Token, source: Incoming) -> torch.Tensor:
-        number, _, handle, size, offset, counter, slot, event, must_wait, *how = token
-        parsed = layout.parse(tuple(how), source.limit)
-        export = (number, handle, size, offset, counter, slot, event, must_wait)
-        run = None
+        number, _, *export, event, must_wait, how = token
+        parsed = layout.parse(how, source.limit)
+        run = result = target = None
         try:
-            # This queues nothing, so it need not wait for the service's GPU, as torch's import has
-            # to: that waits for the event on this process's stream.
-            if self._by_runtime:
-                run = self._opened(*export)
-            target = _host_memory(parsed.nbytes) if source.to_host else None
+            # All that can be is done before the wait, while the service's GPU works.
+            run = self._opened(*export)
+            self._opened_last = number
+            if source.to_host:
+                target = _host_memory(parsed.nbytes)
+            else:
+                self._remember(number, run)
+            if not parsed.is_packed:
+                result = layout.restore(parsed, run if target is None else target)
             if must_wait:
                 source.wait(torch.cuda.Event.from_ipc_handle(self._device, event).query)
-            if run is None:
-                run = self._opened(*export)
-            if size > parsed.nbytes:
-                run = run[: parsed.nbytes]
             if target is not None:
                 run = target.copy_(run)
+            return layout.restore(parsed, run) if result is None else result
         except BaseException as exc:
             # A caller may keep the error, and with it this frame; the memory is the service's.
-            run = None
+            run = result = None
             if not isinstance(exc, RuntimeError):
                 raise
             raise CarrierFailed(f"cuda: {str(exc).splitlines()[0]}") from exc
-        if run.is_cuda:
-            self._remember(number, run)
-        return layout.restore(parsed, run)
 
     def discard(self, token: Token) -> None:
         number, _, _, _, _, counter, slot, *_ = token
@@ -118,25 +114,12 @@ class ImportingCarrier(Carrier):
         self._mappings.close()
 
     def _opened(
-        self,
-        number: int,
-        handle: bytes,
-        size: int,
-        offset: int,
-        counter: bytes,
-        slot: int,
-        *signs: Any,
+        self, handle: bytes, size: int, offset: int, counter: bytes, slot: int
     ) -> torch.Tensor:
-        """The whole export: uint8 [size]; `signs`: the event, and whether to wait for it."""
+        """The whole export, uint8 [size], which may be still to be written. Nothing is queued."""
         if self._by_runtime:
             segment = self._mappings.segment(handle)
-            run = cuda_runtime.over(segment, size, offset, counter, slot, self._device)
-        else:
-            run = self._rebuilt(handle, size, offset, counter, slot, *signs)
-        self._opened_last = number
-        return run
-
-    def _rebuilt(self, handle: bytes, size: int, offset: int, *signs: Any) -> torch.Tensor:
+            return cuda_runtime.over(segment, size, offset, counter, slot, self._device)
         with torch.cuda.device(self._device):
             run: torch.Tensor = reductions.rebuild_cuda_tensor(
                 torch.Tensor,
@@ -150,7 +133,10 @@ class ImportingCarrier(Carrier):
                 size,
                 offset,
                 False,
-                *signs,
+                counter,
+                slot,
+                b"",
+                False,  # not to wait for the event on this process's stream
             )
         return run
 

@@ -24,10 +24,11 @@ class InlineCarrier(Carrier):
             source = here
         out.parts.append(layout.memory_of(source, how.nbytes))
         out.kept.append(source)
-        return tuple(how)
+        return (how.text,)
 
     def unpack(self, token: Token, source: Incoming) -> torch.Tensor:
-        how = layout.parse(token, source.limit)
+        (text,) = token
+        how = layout.parse(text, source.limit)
         run = torch.empty(how.nbytes, dtype=torch.uint8)
         source.read_into(layout.memory_of(run, how.nbytes))
         return layout.restore(how, run)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,8 @@ __all__ = ("Layout", "describe", "memory_of", "name_of", "parse", "restore", "ru
 
 MAX_DIMS = 64  # torch's own limit
 MAX_NUMBER = 1 << 62  # likewise, of an element, with room to add
+MAX_TEXT = 4096  # characters; MAX_DIMS of the largest numbers take fewer
+PACKED = "packed"
 
 # Quantized dtypes need a quantizer beside their bytes, which no model returns any more.
 DTYPES: dict[str, torch.dtype] = {
@@ -53,12 +56,27 @@ class Layout(NamedTuple):
     @property
     def span(self) -> int:
         """Elements from the first to the last in memory, gaps included."""
-        if 0 in self.shape:
-            return 0
-        last = 0
-        for n, step in zip(self.shape, self.stride, strict=True):
-            last += (n - 1) * step
-        return 1 + last
+        return _span(self.shape, self.stride)
+
+    @property
+    def text(self) -> str:
+        """As it crosses, for `parse`: dtype, shape and strides, and whether it is packed."""
+        return _text(self)
+
+
+# A workflow has few of them, and each call needs some of them again.
+@lru_cache(maxsize=256)
+def _span(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
+    if 0 in shape:
+        return 0
+    return 1 + sum([(n - 1) * step for n, step in zip(shape, stride, strict=True)])
+
+
+@lru_cache(maxsize=256)
+def _text(layout: Layout) -> str:
+    shape, stride = (",".join(map(str, numbers)) for numbers in (layout.shape, layout.stride))
+    packed = (PACKED,) if layout.is_packed else ()
+    return ":".join((layout.dtype, shape, stride, *packed))
 
 
 def describe(tensor: torch.Tensor) -> tuple[Layout, torch.Tensor]:
@@ -97,25 +115,39 @@ def restore(layout: Layout, run: torch.Tensor) -> torch.Tensor:
     return once.as_strided(layout.shape, layout.stride)
 
 
-def parse(token: tuple[object, ...], limit: int) -> Layout:
+def parse(text: object, limit: int) -> Layout:
     """Check a layout that a peer sent; `limit` is the most bytes it may describe."""
-    match token:
-        case (str(dtype), tuple(shape), tuple(stride), bool(is_packed)):
-            layout = Layout(dtype, shape, stride, is_packed)
-        case _:
-            raise Rejected(f"a tensor's description is malformed: {str(token)[:200]}")
-    if dtype not in DTYPES or len(shape) != len(stride) or len(shape) > MAX_DIMS:
-        raise Rejected(f"a tensor's description is impossible: {str(token)[:200]}")
-    numbers = shape + stride
-    if not set(map(type, numbers)) <= {int} or (
-        numbers and not 0 <= min(numbers) <= max(numbers) < MAX_NUMBER
-    ):
-        raise Rejected(f"a tensor's description is impossible: {str(token)[:200]}")
-    # Also of elements that lie in one place: what is computed of them does not.
-    largest = max(layout.span, math.prod(shape)) * layout.itemsize
+    if not isinstance(text, str) or len(text) > MAX_TEXT:
+        raise Rejected(f"a tensor's description is malformed: {str(text)[:200]}")
+    layout, largest = _parsed(text)
     if largest > limit:
         raise Rejected(f"a tensor of {largest} bytes is over the limit of {limit} bytes a message")
     return layout
+
+
+@lru_cache(maxsize=256)
+def _parsed(text: str) -> tuple[Layout, int]:
+    """The layout, and the bytes of what may be computed of it."""
+    match text.split(":"):
+        case [dtype, shape, stride, *packed] if packed in ([], [PACKED]):
+            layout = Layout(dtype, _numbers(shape), _numbers(stride), bool(packed))
+        case _:
+            raise Rejected(f"a tensor's description is malformed: {text:.200}")
+    dims = len(layout.shape)
+    if dtype not in DTYPES or dims != len(layout.stride) or dims > MAX_DIMS:
+        raise Rejected(f"a tensor's description is impossible: {text:.200}")
+    # Also of elements that lie in one place: what is computed of them does not.
+    return layout, max(layout.span, math.prod(layout.shape)) * layout.itemsize
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(map(int, text.split(","))) if text else ()
+    except ValueError as exc:
+        raise Rejected(f"a tensor's description is malformed: {text:.200}") from exc
+    if numbers and not 0 <= min(numbers) <= max(numbers) < MAX_NUMBER:
+        raise Rejected(f"a tensor's description is impossible: {text:.200}")
+    return numbers
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -69,12 +69,12 @@ class ShmCarrier(Carrier):
             bring(how, source, segment.address)
         dropped, self._dropped = tuple(self._dropped), []
         out.undo.append(lambda: self._dropped.extend(dropped))
-        return (number, segment.capacity, dropped, *how)
+        return (number, segment.capacity, dropped, how.text)
 
     def unpack(self, token: Token, source: Incoming) -> torch.Tensor:
         match token:
-            case (int(number), int(capacity), tuple(dropped), *how):
-                parsed = layout.parse(tuple(how), source.limit)
+            case (int(number), int(capacity), tuple(dropped), how):
+                parsed = layout.parse(how, source.limit)
             case _:
                 raise Rejected(f"a shared tensor's token is malformed: {str(token)[:200]}")
         for old in dropped:

@@ -101,9 +101,33 @@ def test_channel_goes_on_after_a_refusal(ends):
 
 @pytest.mark.parametrize(
     "description",
-    [("float32", (1 << 40,), (0,), True), ("float32", (2, 2), (1 << 40, 1), False)],
+    [f"float32:{1 << 40}:0:packed", f"float32:2,2:{1 << 40},1"],
     ids=["a number repeated", "a gap"],
 )
 def test_a_small_message_cannot_stand_for_a_huge_tensor(description):
     with pytest.raises(Rejected, match="over the limit"):
+        layout.parse(description, 1 << 20)
+
+
+@pytest.mark.parametrize(
+    "description",
+    [
+        None,
+        ("float32:1:1",),
+        "",
+        "float32:1",
+        "float32:1:1:",
+        "float32:1:1:packed:packed",
+        "float32:1,2:1",
+        "float33:1:1",
+        "float32:-1:1",
+        "float32:1.0:1",
+        "float32:1:x",
+        f"float32:{1 << 62}:1",
+        "float32:" + ",".join("1" * 65) + ":" + ",".join("1" * 65),
+        "float32:" + "1" * 5000 + ":1",
+    ],
+)
+def test_a_description_that_fits_no_tensor_is_refused(description):
+    with pytest.raises(Rejected, match="malformed|impossible"):
         layout.parse(description, 1 << 20)

@@ -93,4 +93,4 @@ def test_segment_that_its_sender_could_shrink_is_refused():
     os.ftruncate(fd, shm.HEADER + 4096)
     source = SimpleNamespace(take_fd=lambda: fd, limit=1 << 20)
     with pytest.raises(Rejected, match="not what its sender says"):
-        ShmCarrier().unpack((1, 4096, (), "uint8", (10,), (1,), False), source)
+        ShmCarrier().unpack((1, 4096, (), "uint8:10:1"), source)
