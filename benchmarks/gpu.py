@@ -1,8 +1,8 @@
 """What a GPU must show: `python -m benchmarks.gpu OUTPUT_FOLDER` writes gpu.json and gpu.md.
 
 The service, in a process of its own, has diffusers' AutoencoderKL at SDXL's configuration. Variants
-of one measurement take turns in one run; a served decode stands between two in process, with which
-it is compared. Figures are medians.
+of one measurement take turns in one run; a served decode stands between two of what it is compared
+with. Figures are medians.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ INPUTS = {
     "1024² image, 12.6 MB": (1, 1024, 1024, 3),
     "2048² image, 50 MB": (1, 2048, 2048, 3),
 }
-ROUNDS = {32: 80, 64: 50, 128: 24, 256: 12}
+ROUNDS = {32: 80, 64: 50, 128: 36, 256: 16}
 CROSSING_ROUNDS = 100
 BY_TORCH = (1 << 20,)  # of float32; five such share a segment of torch's allocator
 WARM_UP = 2  # rounds
@@ -50,6 +50,7 @@ CLIENT_CALLS = 6
 Way = Callable[[], Any]
 Table = dict[str, dict[str, float]]
 Span = tuple[float, float]
+Pairs = list[tuple[float, float]]
 
 
 def _latent(edge: int) -> torch.Tensor:
@@ -79,18 +80,15 @@ def _rounds(ways: dict[str, Way], rounds: int) -> dict[str, list[float]]:
     return times
 
 
-def _between(base: Way, ways: dict[str, Way], rounds: int) -> dict[str, list[tuple[float, float]]]:
-    """Each way, and the mean of `base` right before and right after: a GPU's clock drifts."""
-    times: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
-    order = random.Random(rounds)
-    for number in range(rounds + WARM_UP):
-        before = _taken(base)
-        for way in order.sample(list(ways), len(ways)):
-            taken, after = _taken(ways[way]), _taken(base)
-            if number >= WARM_UP:
-                times[way].append((taken, (before + after) / 2))
-            before = after
-    return times
+def _between(base: Way, way: Way, rounds: int) -> Pairs:
+    """Each time of `way`, and the mean of `base` right before and after: a GPU's clock drifts."""
+    times = []
+    before = _taken(base)
+    for _ in range(rounds + WARM_UP):
+        taken, after = _taken(way), _taken(base)
+        times.append((taken, (before + after) / 2))
+        before = after
+    return times[WARM_UP:]
 
 
 def _medians(times: dict[str, list[float]]) -> dict[str, float]:
@@ -120,35 +118,31 @@ def _decodes(luna: Luna) -> tuple[Table, Table]:
             ask("floor", (x,), {}, 60.0)
             asked.append((start, time.perf_counter()))
 
-        times = _between(
-            lambda x=latent: ask("in_process", (x, False), {}, 60.0),
-            {"floor": floor, "cuda": lambda x=latent: luna.vae.decode(x)},
-            ROUNDS[edge],
+        name, rounds = f"{8 * edge}²", ROUNDS[edge]
+        found[name] = _compared(
+            _between(lambda x=latent: ask("in_process", (x, False), {}, 60.0), floor, rounds),
+            _between(floor, lambda x=latent: luna.vae.decode(x), rounds),
+            _between(
+                lambda x=latent: ask("in_process", (x, True), {}, 60.0),
+                lambda x=latent: luna.vae.decode(x, device="cpu"),
+                rounds,
+            ),
         )
-        times |= _between(
-            lambda x=latent: ask("in_process", (x, True), {}, 60.0),
-            {"cpu": lambda x=latent: luna.vae.decode(x, device="cpu")},
-            ROUNDS[edge],
-        )
-        name = f"{8 * edge}²"
-        found[name] = _compared(times)
         served = zip(asked, ask("parts", (), {}, 10.0), strict=True)
         parts[name] = _medians(_parts(list(served)[WARM_UP:]))
     return found, parts
 
 
-def _compared(times: dict[str, list[tuple[float, float]]]) -> dict[str, float]:
-    """Differences and ratios are of neighbours, and then medians."""
-    floor, cuda, cpu = times["floor"], times["cuda"], times["cpu"]
-    over = {way: [taken - base for taken, base in times[way]] for way in ("floor", "cuda")}
+def _compared(floor: Pairs, cuda: Pairs, cpu: Pairs) -> dict[str, float]:
+    """Each beside its own base. Differences and ratios are of neighbours, and then medians."""
     columns = {
         "in process": [base for _, base in floor],
         "floor": [taken for taken, _ in floor],
         "cuda": [taken for taken, _ in cuda],
         "in process to CPU": [base for _, base in cpu],
         "cpu": [taken for taken, _ in cpu],
-        "floor - in process": over["floor"],
-        "cuda - floor": [c - f for c, f in zip(over["cuda"], over["floor"], strict=True)],
+        "floor - in process": [taken - base for taken, base in floor],
+        "cuda - floor": [taken - base for taken, base in cuda],
         "cpu / in process": [taken / base for taken, base in cpu],
     }
     return _medians(columns)

@@ -66,7 +66,8 @@ def over(
     """
     owner = _Foreign(segment.base + offset, size)
     run = torch.as_tensor(owner, device=device)
-    weakref.finalize(owner, _let_go, segment, counter, slot, device).atexit = False
+    in_use = weakref.ref(owner, _let_go)
+    _in_use[id(in_use)] = (in_use, segment, counter, slot, device)
     return run
 
 
@@ -83,8 +84,13 @@ class _Foreign:
         }
 
 
-def _let_go(segment: Segment, counter: bytes, slot: int, device: torch.device) -> None:
+#: what tensors use, which keeps segments mapped; `weakref.finalize` takes longer for the same
+_in_use: dict[int, tuple[weakref.ref[_Foreign], Segment, bytes, int, torch.device]] = {}
+
+
+def _let_go(in_use: weakref.ref[_Foreign]) -> None:
     """The tensor's memory is no longer used: wait for what reads it, then tell the service."""
+    _, _segment, counter, slot, device = _in_use.pop(id(in_use))
     torch.cuda.current_stream(device).synchronize()
     torch.UntypedStorage._release_ipc_counter_cuda(counter, slot)
 
