@@ -140,14 +140,15 @@ _COMMON: dict[str, type] = {
     "log_level": str,
     **_EITHER,
 }
-_TABLE: dict[str, type] = {
+_VAE: dict[str, type] = {
     "device": str,
     "models": tuple,
-    "type": str,
     "dtype": str,
     "port": int,
     **_EITHER,
 }
+#: only text encoders have a type: a VAE's shows in its file
+_TABLES: dict[Role, dict[str, type]] = {"clip": {"type": str, **_VAE}, "vae": _VAE}
 
 
 def read_file(path: str) -> Settings:
@@ -167,7 +168,7 @@ def read_file(path: str) -> Settings:
             raise BadConfig(f"{path}: {role} is a table: write [{role}] on a line of its own")
     return Settings(
         _checked(data, _COMMON, f"{path}, at the top"),
-        *(_checked(tables[role], _TABLE, f"{path}, table [{role}]") for role in ROLES),
+        *(_checked(tables[role], _TABLES[role], f"{path}, table [{role}]") for role in ROLES),
     )
 
 
@@ -179,7 +180,7 @@ def resolve(said: Settings, default_ports: Mapping[Role, int] = DEFAULT_PORTS) -
     boot_timeout = common.pop("boot_timeout", ServeConfig.boot_timeout)
     services = []
     for role in roles:
-        own = _checked(said.table(role), _TABLE, f"the {role} service's settings")
+        own = _checked(said.table(role), _TABLES[role], f"the {role} service's settings")
         given = {"port": default_ports[role], **common, **own}
         services.append(_checked_service(ServiceConfig(role=role, **given)))
     ports = [service.port for service in services if service.port]

@@ -173,6 +173,7 @@ def test_loopback_needs_no_expose(host):
         ("bot_timeout = 3", "at the top: unknown key 'bot_timeout'", "boot_timeout"),
         ("[vea]\ndevice = 'cpu'", "at the top: unknown key 'vea'", "service_type"),
         ("[vae]\nrole = 'clip'", r"table \[vae\]: unknown key 'role'", "device"),
+        ("[vae]\ntype = 'sdxl'", r"table \[vae\]: unknown key 'type'", "device, models, dtype"),
     ],
 )
 def test_unknown_key_is_refused_with_the_place_and_the_known_ones(toml, text, where, known):
