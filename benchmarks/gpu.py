@@ -61,7 +61,8 @@ def _taken(way: Way) -> float:
     """Milliseconds until the result is there; a way may also say its milliseconds itself."""
     start = time.perf_counter()
     said = way()
-    torch.cuda.synchronize()
+    if isinstance(said, torch.Tensor) and said.is_cuda:
+        torch.cuda.synchronize()
     taken = said if isinstance(said, float) else 1e3 * (time.perf_counter() - start)
     # To let go of a tensor of the service takes time of its own, which is not counted.
     del said
