@@ -153,13 +153,18 @@ def decoding(**size):
     }
 
 
+def in_line(luna):
+    """The calls that wait for the VAE, or run."""
+    return [call["method"] for call in luna.status("vae")["queue"]["line"]]
+
+
 def test_a_service_killed_in_mid_workflow_fails_the_node_clearly_and_the_next_run_works(
     server, services
 ):
     before = services.ready["vae"]["pid"]
     with services.connect(gpu=False) as luna:
         number = server.queue(named(decoding(width=768, height=768, batch_size=8)))
-        wait_until(lambda: luna.status("vae")["queue"]["line"], 240)
+        wait_until(lambda: "comfyui_network" in in_line(luna), 240)
         os.kill(before, signal.SIGKILL)
     error = server.error(server.finished(number))
     assert error["node_type"] == "VAEDecode"
