@@ -7,10 +7,12 @@ from collections.abc import Callable
 
 from luna_mp.errors import TimedOut
 
-__all__ = ("Deadline", "Patience")
-
+__all__ = ("Deadline", "Patience", "nap")
 
 CHECK_SECONDS = 0.1  # between two questions whether a wait is still wanted
+SHORTEST_NAP = 10e-6  # seconds, which Linux makes some 60 µs of
+LONGEST_NAP = 1e-3
+NAP_SHARE = 1 / 4000  # of what was waited so far
 
 
 class Deadline:
@@ -69,3 +71,8 @@ class Patience(Deadline):
 
     def progress(self) -> None:
         self._at = time.monotonic() + self.seconds
+
+
+def nap(waited: float) -> None:
+    """Sleep for a small part of the seconds that were waited so far."""
+    time.sleep(min(max(SHORTEST_NAP, NAP_SHARE * waited), LONGEST_NAP))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import reprlib
 import struct
 import time
 from collections.abc import Callable, Mapping
@@ -17,12 +18,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from luna_mp.deadline import Deadline, Patience
+from luna_mp.deadline import Deadline, Patience, nap
 from luna_mp.errors import Broken, Rejected, TimedOut
 from luna_mp.wire import codec
 from luna_mp.wire.carrier import Carrier, Fence, Incoming, NoRoom, Outgoing, Token
 from luna_mp.wire.inline import InlineCarrier
-from luna_mp.wire.stream import CLIENT_SPIN, NeverRead, Stream, nap
+from luna_mp.wire.stream import CLIENT_SPIN, NeverRead, Stream
 
 __all__ = ("Channel", "Packed")
 
@@ -169,7 +170,9 @@ class Channel:
 
     def _unpack(self, token: Any, source: Incoming) -> torch.Tensor:
         if not (isinstance(token, tuple) and token and token[0] in self._carriers):
-            raise Rejected(f"a tensor came by a carrier that was not agreed on: {token!r:.200}")
+            raise Rejected(
+                f"a tensor came by a carrier that was not agreed on: {reprlib.repr(token)}"
+            )
         return self._carriers[token[0]].unpack(token[1:], source)
 
     def _discard(self, token: Any) -> None:

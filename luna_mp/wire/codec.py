@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import itertools
 import pickle
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, NoReturn
@@ -107,10 +108,20 @@ def loads(
     try:
         return reader.load()
     except BaseException as exc:
-        _discard_from(len(reader.unpacked), payload, discard)
+        first = len(reader.unpacked)
+        del reader
+        _forget(exc)
+        _discard_from(first, payload, discard)
         if isinstance(exc, _GARBAGE):
             raise Rejected(f"a message of {len(payload)} bytes is not data: {exc}") from exc
         raise
+
+
+def _forget(error: BaseException) -> None:
+    """A caller may keep it, and with it each frame that it passed, and tensors in those."""
+    for each in (error, error.__cause__):
+        if each is not None:
+            traceback.clear_frames(each.__traceback__)
 
 
 def _discard_from(first: int, payload: bytes | bytearray, discard: Callable[[Any], None]) -> None:

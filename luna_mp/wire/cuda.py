@@ -21,6 +21,7 @@ from __future__ import annotations
 import logging
 import mmap
 import os
+import reprlib
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -92,14 +93,17 @@ class Exporter:
             # before, has nothing to find here and takes longer than this.
             _, handle, size, offset, *signs = storage._share_cuda_()
         counter, slot, event, must_wait = signs
-        must_wait = must_wait and not self._is_done()
         counts = _TorchCounter(counter, slot)
         number = self.book.add(owner, how.nbytes, storage, counts)
         out.undo.append(counts.release)
+        must_wait = must_wait and not self._is_done()
         return (number, self.uuid, handle, size, offset, counter, slot, event, must_wait, how.text)
 
     def _is_done(self) -> bool:
-        """Whether nothing is left of all that was queued; faster than to ask which stream it is."""
+        """Whether nothing is left on the streams of which results are exported.
+
+        Those are `Worker.stream` and the probes'; to ask which of the two it is takes longer.
+        """
         return self._of_calls.query() and self._beside.query()
 
     def _is_placed(self, source: torch.Tensor, nbytes: int) -> bool:
@@ -149,7 +153,7 @@ class ExportingCarrier(Carrier):
             case (int(number), int(start), how) if start >= 0:
                 parsed = layout.parse(how, source.limit)
             case _:
-                raise Rejected(f"a leased tensor's token is malformed: {str(token)[:200]}")
+                raise Rejected(f"a leased tensor's token is malformed: {reprlib.repr(token)}")
         held = self._exporter.book.get(number, self._owner)
         if parsed.is_packed or start + parsed.nbytes > held.nbytes():
             raise Rejected(f"a view reaches beyond lease {number} of {held.nbytes()} bytes")
@@ -172,18 +176,18 @@ class _TorchCounter:
     """The counter that torch puts in a file of its own under /dev/shm, one int64 an export."""
 
     def __init__(self, file: bytes, slot: int) -> None:
-        self._file = file
-        self._slot = slot
         self._memory = _counters(file)
+        self._at = COUNTERS_START // COUNTER_BYTES + slot
         if self.value() != 1:
             raise RuntimeError(f"torch {torch.__version__} keeps its counters where we do not look")
 
     def value(self) -> int:
-        count: int = self._memory[COUNTERS_START // COUNTER_BYTES + self._slot]
+        count: int = self._memory[self._at]
         return count
 
     def release(self) -> None:
-        torch.UntypedStorage._release_ipc_counter_cuda(self._file, self._slot)
+        # Not one less, as torch does: it keeps memory for ever that was let go of once too often.
+        self._memory[self._at] = 0
 
 
 # The newest only, which the next exports will use: torch begins another for each 10,000, and
@@ -191,9 +195,9 @@ class _TorchCounter:
 @lru_cache(maxsize=1)
 def _counters(file: bytes) -> memoryview:
     """The file as int64s; it stays mapped as long as this is kept."""
-    fd = os.open(b"/dev/shm/" + file.lstrip(b"/"), os.O_RDONLY)
+    fd = os.open(b"/dev/shm/" + file.lstrip(b"/"), os.O_RDWR)
     try:
-        return memoryview(mmap.mmap(fd, 0, prot=mmap.PROT_READ)).cast("q")
+        return memoryview(mmap.mmap(fd, 0)).cast("q")
     finally:
         os.close(fd)
 

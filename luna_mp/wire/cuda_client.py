@@ -58,7 +58,7 @@ class ImportingCarrier(Carrier):
         for old in [owner for owner in _leased if owner.is_gone()]:
             _leased.pop(old, None)
         self._leased = _leased.setdefault(service, {})
-        # torch's own import is slower.
+        # torch's own import is slower than the runtime's.
         self._by_runtime = cuda_runtime.is_there()
         if not self._by_runtime and torch.cuda.get_allocator_backend() != "native":
             cuda_runtime.require()
@@ -81,45 +81,52 @@ class ImportingCarrier(Carrier):
     def unpack(self, token: Token, source: Incoming) -> torch.Tensor:
         number, _, *export, event, must_wait, how = token
         parsed = layout.parse(how, source.limit)
-        run = result = target = None
         try:
             # All that can be is done before the wait, while the service's GPU works.
-            run = self._opened(*export)
-            self._opened_last = number
-            if source.to_host:
-                target = _host_memory(parsed.nbytes)
-            else:
+            run = self._opened(number, *export)
+            target = _host_memory(parsed.nbytes) if source.to_host else None
+            if target is None:
                 self._remember(number, run)
+            result = None
             if not parsed.is_packed:
                 result = layout.restore(parsed, run if target is None else target)
             if must_wait:
-                source.wait(torch.cuda.Event.from_ipc_handle(self._device, event).query)
+                source.wait(cuda_runtime.is_written(event, self._device))
             if target is not None:
                 run = target.copy_(run)
             return layout.restore(parsed, run) if result is None else result
-        except BaseException as exc:
-            # A caller may keep the error, and with it this frame; the memory is the service's.
-            run = result = None
-            if not isinstance(exc, RuntimeError):
-                raise
+        except RuntimeError as exc:
             raise CarrierFailed(f"cuda: {str(exc).splitlines()[0]}") from exc
 
     def discard(self, token: Token) -> None:
         number, _, _, _, _, counter, slot, *_ = token
         # What was opened is let go of when its tensor is.
         if number != self._opened_last:
-            torch.UntypedStorage._release_ipc_counter_cuda(counter, slot)
+            cuda_runtime.release(counter, slot)
 
     def close(self) -> None:
         self._mappings.close()
 
     def _opened(
-        self, handle: bytes, size: int, offset: int, counter: bytes, slot: int
+        self, number: int, handle: bytes, size: int, offset: int, counter: bytes, slot: int
     ) -> torch.Tensor:
         """The whole export, uint8 [size], which may be still to be written. Nothing is queued."""
-        if self._by_runtime:
-            segment = self._mappings.segment(handle)
-            return cuda_runtime.over(segment, size, offset, counter, slot, self._device)
+        # First: after an interrupt, to let go never is mended when this process ends, and twice is
+        # mended by nothing.
+        self._opened_last = number
+        try:
+            if self._by_runtime:
+                segment = self._mappings.segment(handle)
+                return cuda_runtime.over(segment, size, offset, counter, slot, self._device)
+            return self._rebuilt(handle, size, offset, counter, slot)
+        except RuntimeError:
+            self._opened_last = 0
+            raise
+
+    def _rebuilt(
+        self, handle: bytes, size: int, offset: int, counter: bytes, slot: int
+    ) -> torch.Tensor:
+        """By torch's own import."""
         with torch.cuda.device(self._device):
             run: torch.Tensor = reductions.rebuild_cuda_tensor(
                 torch.Tensor,

@@ -7,12 +7,13 @@ every card, cannot. The driver counts: to open a segment twice is to close it tw
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
 
-__all__ = ("Mappings", "Segment", "is_there", "over", "require")
+__all__ = ("Mappings", "Segment", "is_there", "is_written", "over", "release", "require")
 
 HANDLE_BYTES = 64  # of cudaIpcMemHandle_t
 PLAIN_HANDLE = b"c"  # torch's mark for memory of cudaMalloc, before the handle's own bytes
@@ -66,8 +67,8 @@ def over(
     """
     owner = _Foreign(segment.base + offset, size)
     run = torch.as_tensor(owner, device=device)
-    in_use = weakref.ref(owner, _let_go)
-    _in_use[id(in_use)] = (in_use, segment, counter, slot, device)
+    lent = weakref.ref(owner, _let_go)
+    _lent[id(lent)] = (lent, segment, counter, slot, device)
     return run
 
 
@@ -85,14 +86,32 @@ class _Foreign:
 
 
 #: what tensors use, which keeps segments mapped; `weakref.finalize` takes longer for the same
-_in_use: dict[int, tuple[weakref.ref[_Foreign], Segment, bytes, int, torch.device]] = {}
+_lent: dict[int, tuple[weakref.ref[_Foreign], Segment, bytes, int, torch.device]] = {}
 
 
-def _let_go(in_use: weakref.ref[_Foreign]) -> None:
+def _let_go(lent: weakref.ref[_Foreign]) -> None:
     """The tensor's memory is no longer used: wait for what reads it, then tell the service."""
-    _, _segment, counter, slot, device = _in_use.pop(id(in_use))
-    torch.cuda.current_stream(device).synchronize()
+    _, _segment, counter, slot, device = _lent.pop(id(lent))
+    stream = torch.cuda.current_stream(device)
+    try:
+        stream.synchronize()
+    except KeyboardInterrupt:
+        # Python shows it and goes on, so the lease would be lost.
+        stream.synchronize()
+        release(counter, slot)
+        raise
+    release(counter, slot)
+
+
+def release(counter: bytes, slot: int) -> None:
+    """Tell the service that one of its exports is not used here any more."""
     torch.UntypedStorage._release_ipc_counter_cuda(counter, slot)
+
+
+def is_written(event: bytes, device: torch.device) -> Callable[[], bool]:
+    """Asks whether the work is done that the service recorded this event behind."""
+    asked: Callable[[], bool] = torch.cuda.Event.from_ipc_handle(device, event).query
+    return asked
 
 
 def _open(handle: bytes) -> int:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import reprlib
+
 import torch
 
+from luna_mp.errors import Rejected
 from luna_mp.wire import layout
 from luna_mp.wire.carrier import Carrier, Incoming, Outgoing, Token
 from luna_mp.wire.copies import bring_off
@@ -27,8 +30,11 @@ class InlineCarrier(Carrier):
         return (how.text,)
 
     def unpack(self, token: Token, source: Incoming) -> torch.Tensor:
-        (text,) = token
-        how = layout.parse(text, source.limit)
+        match token:
+            case (text,):
+                how = layout.parse(text, source.limit)
+            case _:
+                raise Rejected(f"a tensor's token is malformed: {reprlib.repr(token)}")
         run = torch.empty(how.nbytes, dtype=torch.uint8)
         source.read_into(layout.memory_of(run, how.nbytes))
         return layout.restore(how, run)

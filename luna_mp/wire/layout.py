@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import reprlib
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ MAX_DIMS = 64  # torch's own limit
 MAX_NUMBER = 1 << 62  # likewise, of an element, with room to add
 MAX_TEXT = 4096  # characters; MAX_DIMS of the largest numbers take fewer
 PACKED = "packed"
+REMEMBERED = 256  # layouts; a workflow has few, and each call needs some of them again
 
 # Quantized dtypes need a quantizer beside their bytes, which no model returns any more.
 DTYPES: dict[str, torch.dtype] = {
@@ -64,15 +66,14 @@ class Layout(NamedTuple):
         return _text(self)
 
 
-# A workflow has few of them, and each call needs some of them again.
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=REMEMBERED)
 def _span(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
     if 0 in shape:
         return 0
     return 1 + sum([(n - 1) * step for n, step in zip(shape, stride, strict=True)])
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=REMEMBERED)
 def _text(layout: Layout) -> str:
     shape, stride = (",".join(map(str, numbers)) for numbers in (layout.shape, layout.stride))
     packed = (PACKED,) if layout.is_packed else ()
@@ -118,36 +119,33 @@ def restore(layout: Layout, run: torch.Tensor) -> torch.Tensor:
 def parse(text: object, limit: int) -> Layout:
     """Check a layout that a peer sent; `limit` is the most bytes it may describe."""
     if not isinstance(text, str) or len(text) > MAX_TEXT:
-        raise Rejected(f"a tensor's description is malformed: {str(text)[:200]}")
+        raise Rejected(f"a tensor's description is malformed: {reprlib.repr(text)}")
     layout, largest = _parsed(text)
     if largest > limit:
         raise Rejected(f"a tensor of {largest} bytes is over the limit of {limit} bytes a message")
     return layout
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=REMEMBERED)
 def _parsed(text: str) -> tuple[Layout, int]:
     """The layout, and the bytes of what may be computed of it."""
-    match text.split(":"):
-        case [dtype, shape, stride, *packed] if packed in ([], [PACKED]):
-            layout = Layout(dtype, _numbers(shape), _numbers(stride), bool(packed))
-        case _:
-            raise Rejected(f"a tensor's description is malformed: {text:.200}")
+    try:
+        dtype, shape, stride, *packed = text.split(":")
+        layout = Layout(dtype, _numbers(shape), _numbers(stride), bool(packed))
+    except ValueError as exc:
+        raise Rejected(f"a tensor's description is malformed: {text!r:.200}") from exc
     dims = len(layout.shape)
-    if dtype not in DTYPES or dims != len(layout.stride) or dims > MAX_DIMS:
-        raise Rejected(f"a tensor's description is impossible: {text:.200}")
+    numbers = layout.shape + layout.stride
+    # Each layout has one text.
+    is_possible = layout.text == text and dtype in DTYPES and dims == len(layout.stride)
+    if not is_possible or dims > MAX_DIMS or not all(0 <= n < MAX_NUMBER for n in numbers):
+        raise Rejected(f"a tensor's description is impossible: {text!r:.200}")
     # Also of elements that lie in one place: what is computed of them does not.
     return layout, max(layout.span, math.prod(layout.shape)) * layout.itemsize
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    try:
-        numbers = tuple(map(int, text.split(","))) if text else ()
-    except ValueError as exc:
-        raise Rejected(f"a tensor's description is malformed: {text:.200}") from exc
-    if numbers and not 0 <= min(numbers) <= max(numbers) < MAX_NUMBER:
-        raise Rejected(f"a tensor's description is impossible: {text:.200}")
-    return numbers
+    return tuple(map(int, text.split(","))) if text else ()
 
 
 def name_of(dtype: torch.dtype) -> str:

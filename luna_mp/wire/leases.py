@@ -57,10 +57,10 @@ class Counter(Protocol):
     """How many holders an export still has, in memory that the client can reach."""
 
     def value(self) -> int:
-        """Zero once the client has let go."""
+        """Zero once the client has let go, or less if it counts badly."""
 
     def release(self) -> None:
-        """Let go in the place of a client that no longer can."""
+        """From now on it is zero, whatever the client has counted."""
 
 
 @dataclass
@@ -152,10 +152,12 @@ class LeaseBook(Generic[T]):
         """Take back what clients let go of; returns the bytes. Quick: it reads counters only."""
         with self._lock:
             over = [number for number, lease in self._leases.items() if lease.is_over()]
-            freed = sum(self._leases.pop(number).nbytes for number in over)
-            if over:
+            ended = [self._leases.pop(number) for number in over]
+            for lease in ended:
+                lease.counter.release()
+            if ended:
                 self._returned.notify_all()
-        return freed
+        return sum(lease.nbytes for lease in ended)
 
     def sweep(self) -> int:
         """Take back also what the dead held; returns the bytes that those had."""

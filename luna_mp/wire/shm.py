@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import reprlib
 import weakref
 
 import torch
@@ -76,7 +77,7 @@ class ShmCarrier(Carrier):
             case (int(number), int(capacity), tuple(dropped), how):
                 parsed = layout.parse(how, source.limit)
             case _:
-                raise Rejected(f"a shared tensor's token is malformed: {str(token)[:200]}")
+                raise Rejected(f"a shared tensor's token is malformed: {reprlib.repr(token)}")
         for old in dropped:
             self._theirs.pop(old, None)
         segment = self._theirs.get(number)

@@ -11,10 +11,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from luna_mp.deadline import Deadline
+from luna_mp.deadline import Deadline, nap
 from luna_mp.errors import Broken, LunaError, Unavailable
 
-__all__ = ("NeverRead", "Stream", "connect", "listen", "nap", "place_of")
+__all__ = ("NeverRead", "Stream", "connect", "listen", "place_of")
 
 MAX_FDS = 16  # descriptors that one header may bring
 BACKLOG = 128
@@ -26,8 +26,6 @@ CONNECT_RETRY = 0.01  # seconds; Linux answers EAGAIN while the backlog of a Uni
 # shorter since it has other threads to run.
 CLIENT_SPIN = 1e-3  # seconds; a cached encoding is there by then
 CLIENT_DOZE = 1.0  # seconds after that, of naps, from which a thread wakes sooner than from poll
-NAPS = (10e-6, 1e-3)  # seconds, the shortest, which Linux makes some 60 µs of, and the longest
-NAP_SHARE = 1 / 4000  # of what was waited so far
 SERVICE_SPIN = 500e-6  # a client that calls in a row is back by then
 READ_AHEAD = 8192  # bytes; more than a message without tensors has
 MAX_PARTS = 64  # of one system call
@@ -250,12 +248,6 @@ class Stream:
         for fd in self.take_fds():
             os.close(fd)
         self._sock.close()
-
-
-def nap(waited: float) -> None:
-    """Sleep for a small part of the seconds that were waited so far."""
-    shortest, longest = NAPS
-    time.sleep(min(max(shortest, NAP_SHARE * waited), longest))
 
 
 def place_of(address: str | tuple[str, int]) -> str:

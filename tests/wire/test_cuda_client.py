@@ -1,0 +1,157 @@
+"""What a client opens of a service's results it lets go of once, however the message ends.
+
+The CUDA runtime is faked by memory of the host, at `cuda_runtime`'s own interface.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import weakref
+from collections import Counter
+
+import pytest
+import torch
+
+from luna_mp.errors import Rejected, TimedOut
+from luna_mp.wire import codec, cuda_runtime
+from luna_mp.wire.carrier import CarrierFailed
+from luna_mp.wire.cuda_client import ImportingCarrier
+from luna_mp.wire.leases import Owner
+
+FLOATS = 4
+ONCE = {1: 1, 2: 1}  # releases, by slot
+
+
+class Runtime:
+    """The service's memory: opens it, and counts who lets go of what."""
+
+    def __init__(self):
+        self.released = Counter()
+        #: raised when the second one is opened: before that is noted, or right after
+        self.before = None
+        self.after = None
+
+    def segment(self, handle):
+        return handle
+
+    def close(self):
+        pass
+
+    def over(self, segment, size, offset, counter, slot, device):
+        if slot == 2 and self.before:
+            raise self.before
+        memory = (ctypes.c_ubyte * size)()
+        run = torch.frombuffer(memory, dtype=torch.uint8)
+        weakref.finalize(memory, self.release, counter, slot)
+        if slot == 2 and self.after:
+            raise self.after
+        return run
+
+    def release(self, counter, slot):
+        self.released[slot] += 1
+
+
+class Source:
+    """What came with a message; the wait for one of its tensors may fail."""
+
+    limit = 1 << 20
+
+    def __init__(self, to_host):
+        self.to_host = to_host
+        self.errors = []
+
+    def wait(self, is_done):
+        if error := self.errors and self.errors.pop(0):
+            raise error
+
+
+@pytest.fixture
+def runtime(monkeypatch):
+    fake = Runtime()
+    monkeypatch.setattr(cuda_runtime, "is_there", lambda: True)
+    monkeypatch.setattr(cuda_runtime, "Mappings", lambda device: fake)
+    monkeypatch.setattr(cuda_runtime, "is_written", lambda event, device: lambda: True)
+    monkeypatch.setattr(cuda_runtime, "over", fake.over)
+    monkeypatch.setattr(cuda_runtime, "release", fake.release)
+    return fake
+
+
+@pytest.fixture
+def carrier(runtime):
+    return ImportingCarrier(0, Owner(os.getpid(), 0.0))
+
+
+@pytest.fixture(params=[False, True], ids=["stays", "to the host"])
+def source(request):
+    return Source(request.param)
+
+
+def message(second=f"float32:{FLOATS}:1"):
+    """Two results in slots 1 and 2."""
+
+    def token(tensor):
+        slot = int(tensor[0])
+        how = second if slot == 2 else f"float32:{FLOATS}:1"
+        return (slot, "GPU", b"handle", 4 * FLOATS, 0, b"counter", slot, b"event", True, how)
+
+    results = [torch.full((FLOATS,), float(slot)) for slot in ONCE]
+    return bytes(codec.dumps({"value": results}, token))
+
+
+def read(carrier, source, payload=None):
+    return codec.loads(
+        payload or message(), lambda token: carrier.unpack(token, source), carrier.discard
+    )
+
+
+def test_results_are_let_go_of_when_they_are_dropped(runtime, carrier):
+    results = read(carrier, Source(to_host=False))["value"]
+    assert not runtime.released
+    del results
+    assert runtime.released == ONCE
+
+
+def test_results_on_the_host_are_let_go_of_at_once(runtime, carrier):
+    results = read(carrier, Source(to_host=True))["value"]
+    assert runtime.released == ONCE
+    assert [result.shape for result in results] == [(FLOATS,)] * 2
+
+
+def test_a_description_that_is_refused_lets_go_of_all(runtime, carrier, source):
+    with pytest.raises(Rejected):
+        read(carrier, source, message("float33:4:1"))
+    assert runtime.released == ONCE
+
+
+def test_memory_that_cannot_be_opened_lets_go_of_all(runtime, carrier, source):
+    runtime.before = RuntimeError("invalid resource handle")
+    with pytest.raises(CarrierFailed, match="invalid resource handle"):
+        read(carrier, source)
+    assert runtime.released == ONCE
+
+
+def test_an_interrupt_right_after_opening_lets_go_once(runtime, carrier, source):
+    runtime.after = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        read(carrier, source)
+    assert runtime.released == ONCE
+
+
+@pytest.mark.parametrize("error", [TimedOut, KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("waits_before", [0, 1])
+def test_a_wait_that_fails_lets_go_of_all_also_while_its_error_is_kept(
+    runtime, carrier, source, error, waits_before
+):
+    source.errors = [None] * waits_before + [error("late")]
+    with pytest.raises((TimedOut, KeyboardInterrupt, CarrierFailed)) as kept:
+        read(carrier, source)
+    assert runtime.released == ONCE
+    del kept
+
+
+def test_a_result_that_is_too_small_for_its_description_is_not_held_by_the_error(runtime, carrier):
+    with pytest.raises(CarrierFailed) as kept:
+        read(carrier, Source(to_host=False), message("float32:400:1"))
+    assert runtime.released == ONCE
+    del kept
