@@ -71,7 +71,7 @@ def arrived(luna):
 
 
 @pytest.mark.parametrize("device", ["", "cpu"])
-@pytest.mark.parametrize("allocator", ["native", "async"])
+@pytest.mark.parametrize("allocator", ["native", "async", "no bindings"])
 def test_call_of_a_service_killed_after_its_reply_fails_and_the_next_one_works(
     service, allocator, device
 ):

@@ -27,15 +27,25 @@ ALLOCATORS = {
     "native": "backend:native",
     "expandable": "expandable_segments:True",
     "async": "backend:cudaMallocAsync",
+    "no bindings": "backend:native",
 }
+WITHOUT_BINDINGS = """
+import runpy, sys
+sys.modules["cuda.bindings"] = None
+runpy.run_module("tests.gpu.clients", run_name="__main__")
+"""
 
 
 @contextmanager
 def client(name, *arguments, allocator="native"):
-    """A job of tests/gpu/clients.py in a process of its own, under an allocator."""
+    """A job of tests/gpu/clients.py in a process of its own, under an allocator.
+
+    With "no bindings" that is torch's own, and torch's import is all there is.
+    """
     conf = ALLOCATORS[allocator]
     env = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": conf, "PYTORCH_ALLOC_CONF": conf}
-    command = [sys.executable, "-m", "tests.gpu.clients", name, *map(str, arguments)]
+    how = ["-c", WITHOUT_BINDINGS] if allocator == "no bindings" else ["-m", "tests.gpu.clients"]
+    command = [sys.executable, *how, name, *map(str, arguments)]
     with subprocess.Popen(
         command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:

@@ -125,9 +125,36 @@ def test_a_small_message_cannot_stand_for_a_huge_tensor(description):
         "float32:1:x",
         f"float32:{1 << 62}:1",
         "float32:" + ",".join("1" * 65) + ":" + ",".join("1" * 65),
-        "float32:" + "1" * 5000 + ":1",
+        "float32:01:1",
+        "float32: 1:1",
+        "float32:+1:1",
+        "float32:1_0:1",
+        "float32:\u0661:1",
+        "float32:\ud800:1",
     ],
 )
 def test_a_description_that_fits_no_tensor_is_refused(description):
     with pytest.raises(Rejected, match="malformed|impossible"):
         layout.parse(description, 1 << 20)
+
+
+@pytest.mark.parametrize("dtype", layout.DTYPES)
+@pytest.mark.parametrize("shape", [(), (0,), (3, 4), (1,) * 64])
+def test_a_description_is_read_as_it_was_written(dtype, shape):
+    how = layout.Layout(dtype, shape, torch.empty(shape).stride(), is_packed=False)
+    assert layout.parse(how.text, 1 << 20) == how
+
+
+def test_descriptions_of_views_are_read_as_they_were_written():
+    tensor = torch.rand(4, 6)
+    for view in (tensor.T, tensor[:, ::5], tensor[:1].expand(9, 6), tensor[:0]):
+        how, _ = layout.describe(view)
+        assert layout.parse(how.text, 1 << 20) == how
+
+
+def test_a_description_that_holds_itself_over_and_over_is_refused_at_once():
+    nested = ()
+    for _ in range(100):
+        nested = (nested, nested)
+    with pytest.raises(Rejected, match="malformed"):
+        layout.parse(nested, 1 << 20)
