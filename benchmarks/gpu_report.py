@@ -51,7 +51,12 @@ def limits(found: dict[str, Any]) -> dict[str, bool]:
 
 def markdown(report: dict[str, Any]) -> str:
     """All of it as tables and lists, with the limits last."""
-    lines = [", ".join(f"{name} {value}" for name, value in report["where"].items()), ""]
+    lines = [
+        ", ".join(f"{name} {value}" for name, value in report["where"].items()),
+        "",
+        "A decode's differences and ratios are medians of neighbours in time, not of the columns.",
+        "",
+    ]
     for title in ("decode", "floor", "crossing", "input"):
         table = report[title]
         columns = list(next(iter(table.values())))
