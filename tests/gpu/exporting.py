@@ -1,0 +1,66 @@
+"""A service's side alone: `python -m tests.gpu.exporting` says what became of what it exported.
+
+In a process of its own, which takes torch's counters with it when it ends.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from luna_mp.wire.carrier import Outgoing
+from luna_mp.wire.cuda import Exporter
+from luna_mp.wire.leases import Owner
+from tests.gpu.clients import say
+
+SIZE = 64 << 20  # bytes
+CYCLES = 1_000_000_000  # of the GPU's clock, about half a second
+
+
+class Exports:
+    """Results of `SIZE` bytes, exported to this process."""
+
+    def __init__(self) -> None:
+        self.exporter = Exporter(torch.device("cuda", 0), 1 << 30)
+        self.carrier = self.exporter.carrier(Owner(os.getpid(), 0.0))
+
+    def export(self, out: Outgoing, cycles: int = 0) -> tuple[bytes, int, bool]:
+        """Counter, slot, and whether to wait; the GPU is done with it but for `cycles`."""
+        make = torch.zeros
+        tensor = self.exporter.place(lambda: make(SIZE, dtype=torch.uint8, device="cuda"))
+        torch.cuda.synchronize()
+        if cycles:
+            torch.cuda._sleep(cycles)
+        _, _, _, _, _, counter, slot, _, must_wait, _ = self.carrier.pack(tensor, out)
+        return counter, slot, must_wait
+
+    def left_after(self, releases: int) -> int:
+        """Bytes still taken once a client let go so often."""
+        before = torch.cuda.memory_allocated()
+        counter, slot, _ = self.export(Outgoing())
+        for _ in range(releases):
+            torch.UntypedStorage._release_ipc_counter_cuda(counter, slot)
+        self.exporter.book.collect()
+        return torch.cuda.memory_allocated() - before
+
+    def left_after_taking_back(self) -> int:
+        """Bytes still taken of a message that never left."""
+        before, out = torch.cuda.memory_allocated(), Outgoing()
+        self.export(out)
+        out.take_back()
+        self.exporter.book.collect()
+        return torch.cuda.memory_allocated() - before
+
+
+if __name__ == "__main__":
+    torch.zeros(1, device="cuda")
+    exports = Exports()
+    say(
+        waits={
+            name: exports.export(Outgoing(), n)[2] for name, n in (("done", 0), ("not", CYCLES))
+        },
+        left={times: exports.left_after(times) for times in (0, 1, 2, 3)},
+        taken_back=exports.left_after_taking_back(),
+    )
+    exports.exporter.book.close()

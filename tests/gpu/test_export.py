@@ -1,0 +1,32 @@
+"""What the service says of a result, and its memory once the client has let go."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.gpu.exporting import SIZE
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def found():
+    command = [sys.executable, "-m", "tests.gpu.exporting"]
+    ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=100, check=True)
+    return json.loads(ran.stdout)
+
+
+def test_a_client_waits_only_for_a_result_that_is_not_done(found):
+    assert found["waits"] == {"done": False, "not": True}
+
+
+def test_memory_comes_back_however_often_a_client_lets_go_of_it(found):
+    assert found["left"] == {"0": SIZE, "1": 0, "2": 0, "3": 0}
+
+
+def test_memory_of_a_message_that_never_left_comes_back(found):
+    assert found["taken_back"] == 0
