@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
+
+from luna_mp.wire.loans import when_over
 
 __all__ = ("Mappings", "Segment", "is_there", "is_written", "over", "release", "require")
 
@@ -67,8 +69,7 @@ def over(
     """
     owner = _Foreign(segment.base + offset, size)
     run = torch.as_tensor(owner, device=device)
-    lent = weakref.ref(owner, _let_go)
-    _lent[id(lent)] = (lent, segment, counter, slot, device)
+    when_over(owner, partial(_let_go, segment, counter, slot, device))
     return run
 
 
@@ -85,13 +86,8 @@ class _Foreign:
         }
 
 
-#: what tensors use, which keeps segments mapped; `weakref.finalize` takes longer for the same
-_lent: dict[int, tuple[weakref.ref[_Foreign], Segment, bytes, int, torch.device]] = {}
-
-
-def _let_go(lent: weakref.ref[_Foreign]) -> None:
+def _let_go(segment: Segment, counter: bytes, slot: int, device: torch.device) -> None:
     """The tensor's memory is no longer used: wait for what reads it, then tell the service."""
-    _, _segment, counter, slot, device = _lent.pop(id(lent))
     stream = torch.cuda.current_stream(device)
     try:
         stream.synchronize()

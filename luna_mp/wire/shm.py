@@ -19,6 +19,7 @@ import mmap
 import os
 import reprlib
 import weakref
+from functools import partial
 
 import torch
 
@@ -26,6 +27,7 @@ from luna_mp.errors import Rejected
 from luna_mp.wire import layout
 from luna_mp.wire.carrier import Carrier, Incoming, NoRoom, Outgoing, Token
 from luna_mp.wire.copies import bring, bring_off
+from luna_mp.wire.loans import when_over
 from luna_mp.wire.stream import MAX_FDS
 
 __all__ = ("MAX_SEGMENT_BYTES", "ShmCarrier", "is_supported")
@@ -169,18 +171,8 @@ class _Segment:
             self.set_state(FREE)
             return self.run(0)
         loan = memoryview(self._memory)[HEADER : HEADER + nbytes]
-        lent = weakref.ref(loan, _take_back)
-        _lent[id(lent)] = (lent, self)
+        when_over(loan, partial(self.set_state, FREE))
         return torch.frombuffer(loan, dtype=torch.uint8)
-
-
-#: runs that tensors lie over, which keep their segments mapped; `weakref.finalize` does the same in
-#: several times the time
-_lent: dict[int, tuple[weakref.ref[memoryview], _Segment]] = {}
-
-
-def _take_back(lent: weakref.ref[memoryview]) -> None:
-    _lent.pop(id(lent))[1].set_state(FREE)
 
 
 class _Descriptor:

@@ -6,6 +6,7 @@ In a process of its own, which takes torch's counters with it when it ends.
 from __future__ import annotations
 
 import os
+from functools import partial
 
 import torch
 
@@ -27,8 +28,7 @@ class Exports:
 
     def export(self, out: Outgoing, cycles: int = 0) -> tuple[bytes, int, bool]:
         """Counter, slot, and whether to wait; the GPU is done with it but for `cycles`."""
-        make = torch.zeros
-        tensor = self.exporter.place(lambda: make(SIZE, dtype=torch.uint8, device="cuda"))
+        tensor = self.exporter.place(partial(torch.zeros, SIZE, device="cuda", dtype=torch.uint8))
         torch.cuda.synchronize()
         if cycles:
             torch.cuda._sleep(cycles)
