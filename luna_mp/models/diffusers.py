@@ -41,7 +41,8 @@ class DiffusersVae(VaeModel):
         self.spatial_dims, self.spatial_ratio, self.image_channels = self._measure()
 
     def decode(self, latent: torch.Tensor, place: Place = at_once) -> torch.Tensor:
-        sample = self.model.decode(latent.to(self.device, self.dtype)).sample
+        # Converted there: on the host torch would wake its threads first, which takes milliseconds.
+        sample = self.model.decode(latent.to(self.device).to(self.dtype)).sample
         # in the model's dtype, as VaeImageProcessor does: rounding is part of the picture
         image = (sample / 2 + 0.5).clamp_(0, 1)
         return place(lambda: image.to(torch.float32, copy=True)).movedim(1, -1)

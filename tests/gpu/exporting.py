@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from functools import partial
 
+import psutil
 import torch
 
 from luna_mp.wire.carrier import Outgoing
@@ -24,7 +25,7 @@ class Exports:
 
     def __init__(self) -> None:
         self.exporter = Exporter(torch.device("cuda", 0), 1 << 30)
-        self.carrier = self.exporter.carrier(Owner(os.getpid(), 0.0))
+        self.carrier = self.exporter.carrier(Owner(os.getpid(), psutil.Process().create_time()))
 
     def export(self, out: Outgoing, cycles: int = 0) -> tuple[bytes, int, bool]:
         """Counter, slot, and whether to wait; the GPU is done with it but for `cycles`."""
