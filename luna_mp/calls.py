@@ -46,11 +46,14 @@ class Call:
         answerer: Answerer,
         method: str,
         seconds: float,
+        to_host: bool,
     ) -> None:
         self._stream = channel.stream
         self._answerer = answerer
         self.client = session.identity.client_id
         self.method = method
+        #: the client wants its tensors in the memory of the host
+        self.to_host = to_host
         #: the event behind the work that the worker queued, where that is on a GPU
         self.after: Fence | None = None
         self.is_answered = False
@@ -170,7 +173,7 @@ class Calls:
     def _run(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Packed:
         with call:
             result = self._exposed[call.method](call, *args, **kwargs)
-            packed = self._channel.pack({"result": result})
+            packed = self._channel.pack({"result": result}, to_host=call.to_host)
             # Before the turn is over, the end of which takes longer than this.
             if self._channel.takes_at_once(packed):
                 self._answer_early(call, packed)
@@ -240,7 +243,8 @@ class Calls:
                 f"{self._session.origin}; it takes {', '.join(sorted(self._exposed))}"
             )
         seconds = min(max(seconds, 0.0), MAX_CALL_SECONDS)
-        return Call(self._channel, self._session, self._answerer, method, seconds)
+        to_host = request.get("to_host") is True
+        return Call(self._channel, self._session, self._answerer, method, seconds, to_host)
 
 
 def _failure(exc: Exception) -> dict[str, Any]:

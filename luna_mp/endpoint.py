@@ -86,8 +86,10 @@ class Endpoint:
         deadline = Deadline(seconds, f"{self.role}.{method}", check)
         while not self._slots.acquire(timeout=deadline.pause()):
             continue
-        request = {"method": method, "args": args, "kwargs": kwargs}
+        request: dict[str, Any] = {"method": method, "args": args, "kwargs": kwargs}
         to_host = device == "cpu"
+        if to_host:
+            request["to_host"] = True
         try:
             reply = self._exchange(request, deadline, to_host)
         except stream.NeverRead:

@@ -111,6 +111,7 @@ def live(plan: Plan, is_remote: bool, seed: float, marks: Connection) -> None:
         image = luna.vae.decode(latent)
     calls: dict[str, Callable[[VaeProxy], object]] = {
         "decode": lambda vae: vae.decode(latent),
+        "copy": lambda vae: vae.decode(latent, device="cpu"),
         "encode": lambda vae: vae.encode(image),
         "send": lambda vae: be_refused(vae, large),
     }

@@ -37,6 +37,8 @@ class Outgoing:
 
     #: it leaves as soon as it is packed, so nothing is gained by leaving a copy for later
     is_leaving: bool = False
+    #: the peer wants tensors in the memory of its host
+    to_host: bool = False
     parts: list[memoryview] = field(default_factory=list)
     fds: list[int] = field(default_factory=list)
     #: keeps the memory behind `parts` until it is sent

@@ -83,13 +83,16 @@ class Channel:
         for carrier in self._order:
             carrier.settle(after)
 
-    def pack(self, message: Mapping[str, Any], is_leaving: bool = False) -> Packed:
+    def pack(
+        self, message: Mapping[str, Any], is_leaving: bool = False, to_host: bool = False
+    ) -> Packed:
         """Make one message ready. `Unsendable` and `Rejected` leave the channel as it was.
 
         Tensors of a GPU are sent as they will be when the work queued so far is done; that is
-        waited for here if the message `is_leaving`, else when it is completed.
+        waited for here if the message `is_leaving`, else when it is completed. `to_host`: the peer
+        wants them in the memory of the host.
         """
-        out = Outgoing(is_leaving)
+        out = Outgoing(is_leaving, to_host)
         try:
             pickled = codec.dumps(message, lambda tensor: self._pack(tensor, out))
             inline_size = sum([part.nbytes for part in out.parts])

@@ -10,7 +10,7 @@ import torch
 from luna_mp.wire import layout
 from luna_mp.wire.carrier import Outgoing
 
-__all__ = ("bring", "bring_off")
+__all__ = ("bring", "bring_off", "queue_off")
 
 #: bytes; below, to wake torch's threads costs more than they save: on many cores milliseconds
 THREADED_FROM = 16 << 20
@@ -36,6 +36,11 @@ def bring_off(run: torch.Tensor, target: torch.Tensor, out: Outgoing) -> None:
         return
     after = torch.cuda.current_stream(run.device).record_event()
     out.before.append(partial(_copy_off, run, target, after))
+
+
+def queue_off(run: torch.Tensor, target: torch.Tensor, out: Outgoing) -> None:
+    """Like `bring_off`, but the copy is only queued: whoever reads `target` waits for it."""
+    target.copy_(run, non_blocking=True)
 
 
 def _copy_off(run: torch.Tensor, target: torch.Tensor, after: torch.cuda.Event) -> None:

@@ -6,6 +6,8 @@
     torch's reducer ── its arguments ───────────▶ memory, which is given out once the reducer's
     noted in the lease book                       event has come
     tensor itself ◀──────── lease's number ────── the same tensor as an argument, or a view of it
+    result ── copy, queued behind it ───────────▶ shared memory, for a client that wants it on its
+                                                  host, which is given out once the event has come
 
 The service's stream is not waited for: the reply leaves when the work is queued. The client waits
 on its host and queues nothing behind the event: the event of a service that is killed never comes,
@@ -24,7 +26,7 @@ import os
 import reprlib
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from functools import lru_cache
 
 import torch
@@ -34,13 +36,18 @@ from luna_mp.errors import Rejected
 from luna_mp.wire import layout
 from luna_mp.wire.carrier import Carrier, Fence, Incoming, NoRoom, Outgoing, Token
 from luna_mp.wire.leases import LeaseBook, Owner
+from luna_mp.wire.shm import ShmCarrier
 
-__all__ = ("Exporter", "ExportingCarrier", "uuid_of")
+__all__ = ("HOST", "Exporter", "ExportingCarrier", "uuid_of")
 
 logger = logging.getLogger(__name__)
 
 COUNTER_BYTES = 8
 COUNTERS_START = 64  # torch's shared memory opens with a header of its own
+HOST = "host"  # opens the token of what is copied to the host
+#: bytes, up to which a result for the host is copied by the service: the client would begin its
+#: copy only when it wakes. What a larger one takes of pinned memory would stay taken.
+COPIED_HERE = 64 << 20
 
 
 class Exporter:
@@ -64,9 +71,9 @@ class Exporter:
         self._beside = torch.cuda.Stream(device)
         self._of_calls = torch.cuda.default_stream(device)
 
-    def carrier(self, owner: Owner) -> ExportingCarrier:
-        """The service's end of one connection of that client."""
-        return ExportingCarrier(self, owner)
+    def carrier(self, owner: Owner, host: ShmCarrier) -> ExportingCarrier:
+        """The service's end of one connection of that client, beside `host`."""
+        return ExportingCarrier(self, owner, host)
 
     def beside(self) -> AbstractContextManager[object]:
         """Within, this thread's work is queued beside that of calls."""
@@ -96,10 +103,10 @@ class Exporter:
         counts = _TorchCounter(counter, slot)
         number = self.book.add(owner, how.nbytes, storage, counts)
         out.undo.append(counts.release)
-        must_wait = must_wait and not self._is_done()
+        must_wait = must_wait and not self.is_done()
         return (number, self.uuid, handle, size, offset, counter, slot, event, must_wait, how.text)
 
-    def _is_done(self) -> bool:
+    def is_done(self) -> bool:
         """Whether nothing is left on the streams of which results are exported.
 
         Those are `Worker.stream` and the probes'; to ask which of the two it is takes longer.
@@ -134,9 +141,13 @@ class ExportingCarrier(Carrier):
 
     name = "cuda"
 
-    def __init__(self, exporter: Exporter, owner: Owner) -> None:
+    def __init__(self, exporter: Exporter, owner: Owner, host: ShmCarrier) -> None:
         self._exporter = exporter
         self._owner = owner
+        self._host = host
+        # One for all calls: the next comes when the client has waited for the last one's.
+        self._copied = torch.cuda.Event(interprocess=True)
+        self._copied_handle = b""
         self._used: list[int] = []
 
     @property
@@ -146,7 +157,18 @@ class ExportingCarrier(Carrier):
     def pack(self, tensor: torch.Tensor, out: Outgoing) -> Token:
         if tensor.device != self._exporter.device or not tensor.numel():
             raise NoRoom("this tensor does not lie on the service's GPU")
+        if out.to_host and tensor.numel() * tensor.itemsize <= COPIED_HERE:
+            with suppress(NoRoom):
+                return self._pack_copy(tensor, out)
         return self._exporter.export(tensor, self._owner, out)
+
+    def _pack_copy(self, tensor: torch.Tensor, out: Outgoing) -> Token:
+        token = self._host.pack_queued(tensor, out)
+        self._copied.record()
+        self._copied_handle = self._copied_handle or self._copied.ipc_handle()
+        # The result was made in the pool.
+        self._exporter.book.note_use()
+        return (HOST, token, self._copied_handle, not self._exporter.is_done())
 
     def unpack(self, token: Token, source: Incoming) -> torch.Tensor:
         match token:

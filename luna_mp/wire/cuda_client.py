@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import torch
 from torch.multiprocessing import reductions
 
 from luna_mp.wire import cuda_runtime, layout
 from luna_mp.wire.carrier import Carrier, CarrierFailed, Incoming, NoRoom, Outgoing, Token
-from luna_mp.wire.cuda import uuid_of
+from luna_mp.wire.cuda import HOST, uuid_of
 from luna_mp.wire.layout import Layout
 from luna_mp.wire.leases import Owner
+from luna_mp.wire.shm import ShmCarrier
 
 __all__ = ("Importer", "ImportingCarrier")
 
@@ -37,11 +39,11 @@ class Importer:
             self._index = torch.cuda.current_device()
         return [uuid_of(self._index)]
 
-    def carrier(self, uuid: str, service: Owner) -> ImportingCarrier:
-        """The client's end of one connection. Raises `RuntimeError`."""
+    def carrier(self, uuid: str, service: Owner, host: ShmCarrier) -> ImportingCarrier:
+        """The client's end of one connection, beside `host`. Raises `RuntimeError`."""
         if self.uuids() != [uuid] or self._index is None:
             raise RuntimeError(f"the service offers GPU {uuid}; this process has {self.uuids()}")
-        return ImportingCarrier(self._index, service)
+        return ImportingCarrier(self._index, service, host)
 
 
 # By service and address: what came from it over any connection, to recognise it when it goes back.
@@ -53,8 +55,10 @@ class ImportingCarrier(Carrier):
 
     name = "cuda"
 
-    def __init__(self, index: int, service: Owner) -> None:
+    def __init__(self, index: int, service: Owner, host: ShmCarrier) -> None:
         self._device = torch.device("cuda", index)
+        self._host = host
+        self._is_copied: Callable[[], bool] | None = None
         for old in [owner for owner in _leased if owner.is_gone()]:
             _leased.pop(old, None)
         self._leased = _leased.setdefault(service, {})
@@ -79,26 +83,43 @@ class ImportingCarrier(Carrier):
         return (number, tensor.storage_offset() * tensor.itemsize, how.text)
 
     def unpack(self, token: Token, source: Incoming) -> torch.Tensor:
-        number, _, *export, event, must_wait, how = token
-        parsed = layout.parse(how, source.limit)
+        unpack = self._unpack_copy if token[0] == HOST else self._unpack_export
         try:
-            # All that can be is done before the wait, while the service's GPU works.
-            run = self._opened(number, *export)
-            target = _host_memory(parsed.nbytes) if source.to_host else None
-            if target is None:
-                self._remember(number, run)
-            result = None
-            if not parsed.is_packed:
-                result = layout.restore(parsed, run if target is None else target)
-            if must_wait:
-                source.wait(cuda_runtime.is_written(event, self._device))
-            if target is not None:
-                run = target.copy_(run)
-            return layout.restore(parsed, run) if result is None else result
+            return unpack(token, source)
         except RuntimeError as exc:
             raise CarrierFailed(f"cuda: {str(exc).splitlines()[0]}") from exc
 
+    def _unpack_copy(self, token: Token, source: Incoming) -> torch.Tensor:
+        """What the service copies to shared memory, once that is done."""
+        _, where, event, must_wait = token
+        result = self._host.unpack(where, source)
+        if must_wait:
+            if self._is_copied is None:
+                self._is_copied = cuda_runtime.is_written(event, self._device)
+            source.wait(self._is_copied)
+        return result
+
+    def _unpack_export(self, token: Token, source: Incoming) -> torch.Tensor:
+        """What lies in the service's memory, or a copy of it that is made here."""
+        number, _, *export, event, must_wait, how = token
+        parsed = layout.parse(how, source.limit)
+        # All that can be is done before the wait, while the service's GPU works.
+        run = self._opened(number, *export)
+        target = _host_memory(parsed.nbytes) if source.to_host else None
+        if target is None:
+            self._remember(number, run)
+        result = None
+        if not parsed.is_packed:
+            result = layout.restore(parsed, run if target is None else target)
+        if must_wait:
+            source.wait(cuda_runtime.is_written(event, self._device))
+        if target is not None:
+            run = target.copy_(run)
+        return layout.restore(parsed, run) if result is None else result
+
     def discard(self, token: Token) -> None:
+        if token[0] == HOST:
+            return
         number, _, _, _, _, counter, slot, *_ = token
         # What was opened is let go of when its tensor is.
         if number != self._opened_last:

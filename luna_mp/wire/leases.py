@@ -92,6 +92,7 @@ class LeaseBook(Generic[T]):
         self._wanted = threading.Event()
         self._returned = threading.Condition(self._lock)
         self._closing = threading.Event()
+        self._used_last = 0.0
         #: called when nothing has been leased for a while, or was left by the dead
         self.when_idle: Callable[[], None] = lambda: None
         self._sweeper = threading.Thread(target=self._look_after, name="leases", daemon=True)
@@ -105,9 +106,14 @@ class LeaseBook(Generic[T]):
         with self._lock:
             number = next(self._numbers)
             self._leases[number] = _Lease(owner, nbytes, held, counter)
+        self.note_use()
+        return number
+
+    def note_use(self) -> None:
+        """The memory that is leased from was used now: it is given back a while after."""
+        self._used_last = time.monotonic()
         if not self._wanted.is_set():
             self._wanted.set()
-        return number
 
     def get(self, number: int, owner: Owner) -> T:
         """What a client names. Raises `Rejected` for what it does not hold."""
@@ -199,13 +205,12 @@ class LeaseBook(Generic[T]):
 
     def _look_after_leases(self) -> None:
         """Sweep while anything is leased and for a while after; then the memory may go."""
-        last_seen = time.monotonic()
         while not self._closing.wait(SWEEP_SECONDS):
             orphaned = self.sweep()
             with self._lock:
                 is_idle = not self._leases
             if not is_idle:
-                last_seen = time.monotonic()
-            elif orphaned or time.monotonic() - last_seen > IDLE_SECONDS:
+                self._used_last = time.monotonic()
+            elif orphaned or time.monotonic() - self._used_last > IDLE_SECONDS:
                 self.when_idle()
                 return

@@ -45,8 +45,8 @@ class Importer(Protocol):
     def uuids(self) -> list[str]:
         """Of those that this process computes on."""
 
-    def carrier(self, uuid: str, service: Owner) -> Carrier:
-        """The client's end of one connection. Raises `RuntimeError`."""
+    def carrier(self, uuid: str, service: Owner, host: shm.ShmCarrier) -> Carrier:
+        """The client's end of one connection, beside `host`. Raises `RuntimeError`."""
 
 
 class _Refused(LunaError):
@@ -65,10 +65,12 @@ def choose(
     if not reason and not shm.is_supported():
         reason = "shm: this system has no memfd"
     if not reason:
-        reason = _attempt(channel, "shm", partial(_try_shm, channel, pin=importer is not None))
+        host = shm.ShmCarrier(pin=importer is not None)
+        reason = _attempt(channel, "shm", partial(_try_shm, channel, host))
     if not reason and importer is not None:
         owner = Owner(service.pid, service.created)
-        reason = avoided or _attempt(channel, "cuda", partial(_try_cuda, channel, importer, owner))
+        probe = partial(_try_cuda, channel, importer, owner, host)
+        reason = avoided or _attempt(channel, "cuda", probe)
     _ask(channel, {"use": channel.carrier, "reason": reason})
     if reason:
         logger.debug("%s: %s, because %s", channel.stream.peer, channel.carrier, reason)
@@ -95,20 +97,20 @@ def _ask(channel: Channel, question: dict[str, Any]) -> dict[str, Any]:
     return reply
 
 
-def _try_shm(channel: Channel, pin: bool) -> None:
+def _try_shm(channel: Channel, host: shm.ShmCarrier) -> None:
     """Use shared memory if bytes survive it."""
     _ask(channel, {"prepare": "shm"})
-    channel.use(shm.ShmCarrier(pin))
+    channel.use(host)
     sent = torch.randint(0, 256, (PROBE_BYTES,), dtype=torch.uint8)
     reply = _ask(channel, {"probe": "shm", "tensor": sent})
     if not torch.equal(reply["tensor"], ~sent):
         raise _Refused("other bytes came back than were sent")
 
 
-def _try_cuda(channel: Channel, importer: Importer, service: Owner) -> None:
+def _try_cuda(channel: Channel, importer: Importer, service: Owner, host: shm.ShmCarrier) -> None:
     """Use the service's GPU if both ends see the same bytes there."""
     offer = _ask(channel, {"propose": "cuda", "gpus": importer.uuids()})
-    channel.use(importer.carrier(offer["gpu"], service))
+    channel.use(importer.carrier(offer["gpu"], service, host))
     tensor = _ask(channel, {"prepare": "cuda"})["tensor"]
     read = tensor.to("cpu", copy=True)
     tensor.bitwise_not_()
@@ -125,6 +127,7 @@ class Answerer:
         self._channel = channel
         self._owner = Owner(peer.pid, peer.created)
         self._exporter = exporter
+        self._host: shm.ShmCarrier | None = None
         self._secret = torch.empty(0, dtype=torch.uint8)
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -132,13 +135,14 @@ class Answerer:
         channel = self._channel
         match request:
             case {"prepare": "shm"} if channel.stream.is_local:
-                channel.use(shm.ShmCarrier(pin=self._exporter is not None))
+                self._host = shm.ShmCarrier(pin=self._exporter is not None)
+                channel.use(self._host)
             case {"probe": str(), "tensor": torch.Tensor() as tensor}:
                 return {"tensor": ~tensor}
             case {"propose": "cuda", "gpus": list(gpus)} if channel.stream.is_local:
                 return {"gpu": self._shared_gpu(gpus)}
-            case {"prepare": "cuda"} if self._exporter is not None and channel.stream.is_local:
-                return {"tensor": self._challenge()}
+            case {"prepare": "cuda"} if self._exporter is not None and self._host is not None:
+                return {"tensor": self._challenge(self._host)}
             case {"confirm": torch.Tensor() as read, "tensor": torch.Tensor() as written}:
                 self._judge(read, written)
             case {"use": str(name), "reason": str()}:
@@ -174,8 +178,8 @@ class Answerer:
             raise Rejected(f"the service is on GPU {uuid}, and this process computes on {here}")
         return uuid
 
-    def _challenge(self) -> torch.Tensor:
-        self._channel.use(self._exporter.carrier(self._owner))
+    def _challenge(self, host: shm.ShmCarrier) -> torch.Tensor:
+        self._channel.use(self._exporter.carrier(self._owner, host))
         self._secret = torch.randint(0, 256, (PROBE_BYTES,), dtype=torch.uint8)
         return self._secret.to(self._exporter.device)
 

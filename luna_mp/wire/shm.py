@@ -19,6 +19,7 @@ import mmap
 import os
 import reprlib
 import weakref
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -26,7 +27,7 @@ import torch
 from luna_mp.errors import Rejected
 from luna_mp.wire import layout
 from luna_mp.wire.carrier import Carrier, Incoming, NoRoom, Outgoing, Token
-from luna_mp.wire.copies import bring, bring_off
+from luna_mp.wire.copies import bring, bring_off, queue_off
 from luna_mp.wire.loans import when_over
 from luna_mp.wire.stream import MAX_FDS
 
@@ -62,12 +63,30 @@ class ShmCarrier(Carrier):
         self._next = 0
 
     def pack(self, tensor: torch.Tensor, out: Outgoing) -> Token:
+        return self._pack(*layout.describe(tensor), out, bring_off)
+
+    def pack_queued(self, tensor: torch.Tensor, out: Outgoing) -> Token:
+        """Like `pack`, but of a GPU's tensor the copy is only queued, on the current stream.
+
+        Whoever unpacks it has to wait for that before it is read.
+        """
         how, source = layout.describe(tensor)
+        if how.is_packed:
+            raise NoRoom("this tensor is copied once more when it is unpacked")
+        return self._pack(how, source, out, queue_off)
+
+    def _pack(
+        self,
+        how: layout.Layout,
+        source: torch.Tensor,
+        out: Outgoing,
+        off: Callable[[torch.Tensor, torch.Tensor, Outgoing], None],
+    ) -> Token:
         number, segment = self._take(how.nbytes, out)
         segment.set_state(LENT)
         out.undo.append(lambda: segment.set_state(FREE))
         if source.is_cuda:
-            bring_off(layout.run_of(how, source), segment.run(how.nbytes), out)
+            off(layout.run_of(how, source), segment.run(how.nbytes), out)
         else:
             bring(how, source, segment.address)
         dropped, self._dropped = tuple(self._dropped), []

@@ -14,6 +14,7 @@ import torch
 from luna_mp.wire.carrier import Outgoing
 from luna_mp.wire.cuda import Exporter
 from luna_mp.wire.leases import Owner
+from luna_mp.wire.shm import ShmCarrier
 from tests.gpu.clients import say
 
 SIZE = 64 << 20  # bytes
@@ -25,7 +26,8 @@ class Exports:
 
     def __init__(self) -> None:
         self.exporter = Exporter(torch.device("cuda", 0), 1 << 30)
-        self.carrier = self.exporter.carrier(Owner(os.getpid(), psutil.Process().create_time()))
+        owner = Owner(os.getpid(), psutil.Process().create_time())
+        self.carrier = self.exporter.carrier(owner, ShmCarrier())
 
     def export(self, out: Outgoing, cycles: int = 0) -> tuple[bytes, int, bool]:
         """Counter, slot, and whether to wait; the GPU is done with it but for `cycles`."""

@@ -112,6 +112,16 @@ def test_clients_that_share_no_gpu_get_the_same_bits_on_the_cpu(service, vae, by
             assert_same(luna.vae.decode(latent), vae.decode(latent).cpu())
 
 
+@torch.inference_mode()
+def test_results_on_the_host_are_there_when_each_call_returns(service, vae):
+    latents = [factor * clients.latent(edge=64) for factor in (1.0, 0.5, 0.25)]
+    expected = [vae.decode(latent).cpu() for latent in latents]
+    with service.connect() as luna:
+        # One is dropped before the next comes, so it lies where another one lay.
+        for latent, image in 4 * list(zip(latents, expected, strict=True)):
+            assert_same(luna.vae.decode(latent, device="cpu"), image)
+
+
 def test_killed_client_gives_its_gigabyte_back(service):
     with service.connect() as luna:
         luna.vae.decode(clients.latent(edge=128))

@@ -56,7 +56,7 @@ class FakeExporter:
         self._gpu = gpu
         self._end = end
 
-    def carrier(self, owner):
+    def carrier(self, owner, host):
         return self._end(self._gpu)
 
     def beside(self):
@@ -124,12 +124,12 @@ class FakeImporter:
     def uuids(self):
         return ["00000000-0000", UUID]
 
-    def carrier(self, uuid, service):
+    def carrier(self, uuid, service, host):
         assert uuid == UUID
         self.tried += 1
         return self._end(self._gpu)
 
 
 class ImporterWithoutRuntime(FakeImporter):
-    def carrier(self, uuid, service):
+    def carrier(self, uuid, service, host):
         raise RuntimeError("this process's allocator needs the package cuda-bindings")

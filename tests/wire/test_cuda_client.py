@@ -16,6 +16,7 @@ import torch
 from luna_mp.errors import Rejected, TimedOut
 from luna_mp.wire import codec, cuda_runtime
 from luna_mp.wire.carrier import CarrierFailed
+from luna_mp.wire.cuda import HOST
 from luna_mp.wire.cuda_client import ImportingCarrier
 from luna_mp.wire.leases import Owner
 
@@ -52,6 +53,17 @@ class Runtime:
         self.released[slot] += 1
 
 
+class Host:
+    """Shared memory, in which the service's GPU writes a result when it likes."""
+
+    def __init__(self):
+        self.memory = torch.zeros(FLOATS)
+
+    def unpack(self, token, source):
+        assert token == "where"
+        return self.memory
+
+
 class Source:
     """What came with a message; the wait for one of its tensors may fail."""
 
@@ -60,8 +72,11 @@ class Source:
     def __init__(self, to_host):
         self.to_host = to_host
         self.errors = []
+        self.when_waited_for = lambda: None
 
     def wait(self, is_done):
+        assert is_done()
+        self.when_waited_for()
         if error := self.errors and self.errors.pop(0):
             raise error
 
@@ -78,8 +93,13 @@ def runtime(monkeypatch):
 
 
 @pytest.fixture
-def carrier(runtime):
-    return ImportingCarrier(0, Owner(os.getpid(), 0.0))
+def host():
+    return Host()
+
+
+@pytest.fixture
+def carrier(runtime, host):
+    return ImportingCarrier(0, Owner(os.getpid(), 0.0), host)
 
 
 @pytest.fixture(params=[False, True], ids=["stays", "to the host"])
@@ -155,3 +175,22 @@ def test_a_result_that_is_too_small_for_its_description_is_not_held_by_the_error
         read(carrier, Source(to_host=False), message("float32:400:1"))
     assert runtime.released == ONCE
     del kept
+
+
+@pytest.mark.parametrize(("must_wait", "value"), [(True, 1.0), (False, 0.0)])
+def test_what_the_service_copies_is_given_out_once_it_is_there(carrier, host, must_wait, value):
+    source = Source(to_host=True)
+    source.when_waited_for = lambda: host.memory.fill_(1.0)
+    for _ in range(2):
+        result = carrier.unpack((HOST, "where", b"event", must_wait), source)
+        assert result.tolist() == [value] * FLOATS
+
+
+def test_a_copy_that_is_interrupted_lets_go_of_nothing(runtime, carrier):
+    source = Source(to_host=True)
+    source.errors = [KeyboardInterrupt()]
+    token = (HOST, "where", b"event", True)
+    payload = bytes(codec.dumps({"value": torch.zeros(1)}, lambda tensor: token))
+    with pytest.raises(KeyboardInterrupt):
+        read(carrier, source, payload)
+    assert not runtime.released

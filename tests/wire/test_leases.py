@@ -101,6 +101,14 @@ def test_memory_is_given_back_when_the_dead_held_the_last_of_it(book, dead):
     wait_until(lambda: idle)
 
 
+def test_memory_that_was_used_without_a_lease_is_given_back_too(book, monkeypatch):
+    monkeypatch.setattr(leases, "IDLE_SECONDS", 0.0)
+    idle = []
+    book.when_idle = lambda: idle.append(True)
+    book.note_use()
+    wait_until(lambda: idle)
+
+
 @pytest.mark.parametrize("error", [psutil.AccessDenied(), OSError(24, "Too many open files")])
 def test_an_owner_that_cannot_be_looked_at_is_there(monkeypatch, error):
     def process(pid):

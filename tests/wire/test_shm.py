@@ -10,6 +10,7 @@ import torch
 
 from luna_mp.errors import Rejected
 from luna_mp.wire import shm
+from luna_mp.wire.carrier import NoRoom, Outgoing
 from luna_mp.wire.shm import ShmCarrier
 from luna_mp.wire.stream import MAX_FDS
 from tests.wire.pair import channels, crossed
@@ -58,6 +59,11 @@ def test_free_segments_make_room_for_a_bigger_one(monkeypatch):
             assert crossed(left, right, torch.ones(size)).sum() == size
         assert segments(left) == 1
         assert len(right._carriers["shm"]._theirs) == 1
+
+
+def test_what_is_put_together_on_arrival_cannot_be_sent_before_it_is_copied():
+    with pytest.raises(NoRoom):
+        ShmCarrier().pack_queued(torch.zeros(100, 100)[:, ::2], Outgoing())
 
 
 def test_nothing_is_left_when_both_ends_close():
