@@ -30,7 +30,7 @@ from luna_mp.models.base import Conditioning
 from luna_mp.models.cache import Cache
 from luna_mp.models.comfy_facts import facts
 from luna_mp.models.content import digest, fingerprint
-from luna_mp.wire import layout
+from luna_mp.wire.copies import copied
 
 __all__ = ("RemoteCLIP", "RemoteVAE", "load_clip", "load_vae")
 
@@ -183,10 +183,10 @@ class RemoteEncoder:
         key = (prompt, json.dumps(self._options), *names) if isinstance(prompt, str) else None
         found = self._cache.get(key) if key else None
         if found is not None:
-            return _mapped(_copied, found)
+            return _mapped(copied, found)
         found = self._encode(prompt, names, patches)
         if key:
-            self._cache.put(key, _mapped(_copied, found))
+            self._cache.put(key, _mapped(copied, found))
         return found
 
     def _encode(
@@ -317,12 +317,6 @@ def _compact(tokens: dict[str, Any]) -> Prompt:
         return json.dumps(tokens)
     except TypeError:
         return tokens
-
-
-def _copied(tensor: torch.Tensor) -> torch.Tensor:
-    """With the same strides, which `clone` does not always keep."""
-    how, source = layout.describe(tensor)
-    return layout.restore(how, layout.run_of(how, source).clone())
 
 
 def _mapped(function: Callable[[torch.Tensor], torch.Tensor], value: T) -> T:

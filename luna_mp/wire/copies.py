@@ -1,4 +1,4 @@
-"""Copies into memory of the host, for carriers that take tensors there."""
+"""Copies that wake none of torch's threads and keep strides, for carriers and caches."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from luna_mp.wire import layout
 from luna_mp.wire.carrier import Outgoing
 
-__all__ = ("bring", "bring_off", "queue_off")
+__all__ = ("bring", "bring_off", "copied", "queue_off")
 
 #: bytes; below, to wake torch's threads costs more than they save: on many cores milliseconds
 THREADED_FROM = 16 << 20
@@ -24,6 +24,16 @@ def bring(how: layout.Layout, source: torch.Tensor, target: int) -> None:
     else:
         there = (ctypes.c_ubyte * size).from_address(target)
         torch.frombuffer(there, dtype=torch.uint8).copy_(layout.run_of(how, source))
+
+
+def copied(tensor: torch.Tensor) -> torch.Tensor:
+    """The same in memory of its own, also with the same strides, which `clone` may change."""
+    how, source = layout.describe(tensor)
+    if source.is_cuda:
+        return layout.restore(how, layout.run_of(how, source).clone())
+    run = torch.empty(how.nbytes, dtype=torch.uint8)
+    bring(how, source, run.data_ptr())
+    return layout.restore(how, run)
 
 
 def bring_off(run: torch.Tensor, target: torch.Tensor, out: Outgoing) -> None:

@@ -7,6 +7,7 @@ import torch
 
 from luna_mp.errors import Rejected, Unsendable
 from luna_mp.wire import layout
+from luna_mp.wire.copies import copied
 from luna_mp.wire.inline import InlineCarrier
 from luna_mp.wire.layout import DTYPES
 from luna_mp.wire.shm import ShmCarrier
@@ -53,6 +54,14 @@ def ends(request):
 def test_layout_survives(ends, case):
     tensor = CASES[case]()
     assert_same(crossed(*ends, tensor), tensor.detach())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_copy_is_the_same_in_memory_of_its_own(case):
+    tensor = CASES[case]().detach()
+    copy = copied(tensor)
+    assert_same(copy, tensor)
+    assert not copy.numel() or copy.data_ptr() != tensor.data_ptr()
 
 
 @pytest.mark.parametrize("name", [n for n in sorted(DTYPES) if DTYPES[n].itemsize])
