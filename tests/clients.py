@@ -5,6 +5,7 @@ Each finds the services by LUNA_MP_RUNTIME_DIR, like any worker.
 
 from __future__ import annotations
 
+import itertools
 import json
 import select
 import subprocess
@@ -88,14 +89,15 @@ def compare(vae: luna_mp.VaeProxy, known: list[Known]) -> dict[str, Any]:
     held: deque[tuple[torch.Tensor, torch.Tensor]] = deque(maxlen=6)
     while not select.select([0], [], [], 0)[0]:
         expected = known[calls // 3 % len(known)]
-        for call, right in (
-            (lambda e: vae.decode(e.latent), expected.image),
-            (lambda e: vae.decode(e.latent, device="cpu"), expected.copy),
-            (lambda e: vae.encode(e.image), expected.again),
-        ):
-            started = time.monotonic()
-            held.append((call(expected), right))
-            longest = max(longest, time.monotonic() - started)
+        times = [time.monotonic()]
+        image = vae.decode(expected.latent)
+        times.append(time.monotonic())
+        copy = vae.decode(expected.latent, device="cpu")
+        times.append(time.monotonic())
+        again = vae.encode(image)
+        times.append(time.monotonic())
+        longest = max(longest, *(end - start for start, end in itertools.pairwise(times)))
+        held += [(image, expected.image), (copy, expected.copy), (again, expected.again)]
         mismatches += sum(not torch.equal(bits(got), bits(right)) for got, right in held)
         calls += 3
     return {"calls": calls, "mismatches": mismatches, "longest": longest}

@@ -29,7 +29,7 @@ def bring(how: layout.Layout, source: torch.Tensor, target: int) -> None:
 def copied(tensor: torch.Tensor) -> torch.Tensor:
     """The same in memory of its own, also with the same strides, which `clone` may change."""
     how, source = layout.describe(tensor)
-    if source.is_cuda:
+    if source.device.type != "cpu":
         return layout.restore(how, layout.run_of(how, source).clone())
     run = torch.empty(how.nbytes, dtype=torch.uint8)
     bring(how, source, run.data_ptr())

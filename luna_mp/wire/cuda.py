@@ -165,6 +165,8 @@ class ExportingCarrier(Carrier):
     def _pack_copy(self, tensor: torch.Tensor, out: Outgoing) -> Token:
         token = self._host.pack_queued(tensor, out)
         self._copied.record()
+        # A segment that comes back is not to be written to by what is queued.
+        out.undo.append(self._copied.synchronize)
         self._copied_handle = self._copied_handle or self._copied.ipc_handle()
         # The result was made in the pool.
         self._exporter.book.note_use()

@@ -199,13 +199,13 @@ class LeaseBook(Generic[T]):
     def _look_after(self) -> None:
         while not self._closing.is_set():
             self._wanted.wait()
-            # Cleared first: a lease that comes while the last ones go wakes the sweeper again.
-            self._wanted.clear()
             self._look_after_leases()
 
     def _look_after_leases(self) -> None:
         """Sweep while anything is leased and for a while after; then the memory may go."""
         while not self._closing.wait(SWEEP_SECONDS):
+            # First: a lease that comes while the last ones go wakes the sweeper again.
+            self._wanted.clear()
             orphaned = self.sweep()
             with self._lock:
                 is_idle = not self._leases

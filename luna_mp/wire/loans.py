@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable
 
 __all__ = ("when_over",)
 
-_open: dict[int, tuple[weakref.ref[object], Callable[[], object]]] = {}
+Loan = tuple[weakref.ref[object], Callable[[], object]]
+
+_open: dict[int, Loan] = {}
+#: in a forked process, which lets go of nothing for its parent
+_of_parent: list[Loan] = []
 
 
 def when_over(memory: object, step: Callable[[], object]) -> None:
@@ -20,5 +25,15 @@ def when_over(memory: object, step: Callable[[], object]) -> None:
 
 
 def _close(loan: weakref.ref[object]) -> None:
-    _, step = _open.pop(id(loan))
-    step()
+    _, step = _open.pop(id(loan), (loan, None))
+    if step is not None:
+        step()
+
+
+def _leave_to_parent() -> None:
+    _of_parent.extend(_open.values())
+    _open.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_to_parent)

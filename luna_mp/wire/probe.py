@@ -65,7 +65,7 @@ def choose(
     if not reason and not shm.is_supported():
         reason = "shm: this system has no memfd"
     if not reason:
-        host = shm.ShmCarrier(pin=importer is not None)
+        host = shm.ShmCarrier(pin_sent=importer is not None)
         reason = _attempt(channel, "shm", partial(_try_shm, channel, host))
     if not reason and importer is not None:
         owner = Owner(service.pid, service.created)
@@ -134,14 +134,15 @@ class Answerer:
         """Raises `Rejected` for what is neither call nor probe, or cannot be agreed to."""
         channel = self._channel
         match request:
-            case {"prepare": "shm"} if channel.stream.is_local:
-                self._host = shm.ShmCarrier(pin=self._exporter is not None)
+            case {"prepare": "shm"} if channel.stream.is_local and self._host is None:
+                has_gpu = self._exporter is not None
+                self._host = shm.ShmCarrier(pin_sent=has_gpu, pin_received=has_gpu)
                 channel.use(self._host)
             case {"probe": str(), "tensor": torch.Tensor() as tensor}:
                 return {"tensor": ~tensor}
             case {"propose": "cuda", "gpus": list(gpus)} if channel.stream.is_local:
                 return {"gpu": self._shared_gpu(gpus)}
-            case {"prepare": "cuda"} if self._exporter is not None and self._host is not None:
+            case {"prepare": "cuda"} if self._may_share_gpu and self._host is not None:
                 return {"tensor": self._challenge(self._host)}
             case {"confirm": torch.Tensor() as read, "tensor": torch.Tensor() as written}:
                 self._judge(read, written)
@@ -177,6 +178,10 @@ class Answerer:
             here = ", ".join(map(str, gpus))
             raise Rejected(f"the service is on GPU {uuid}, and this process computes on {here}")
         return uuid
+
+    @property
+    def _may_share_gpu(self) -> bool:
+        return self._exporter is not None and not self._secret.numel()
 
     def _challenge(self, host: shm.ShmCarrier) -> torch.Tensor:
         self._channel.use(self._exporter.carrier(self._owner, host))

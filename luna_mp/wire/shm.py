@@ -10,7 +10,8 @@ receiver's tensor lies over the mapping; when its memory is let go, the receiver
 Only the sender sets it and only the receiver clears it, so no message and no lock is needed.
 
 Segments have no name in any file system: a sealed memfd travels beside the message that uses it
-first. So nothing is left behind, whichever end is killed.
+first. So nothing is left behind, whichever end is killed. A fork of the receiver shares what it
+has: it lets go of nothing for its parent, but what one of them writes there the other reads.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import os
 import reprlib
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
 import torch
@@ -49,13 +51,16 @@ def is_supported() -> bool:
 class ShmCarrier(Carrier):
     """Both directions of one connection.
 
-    `pin` registers the memory with CUDA, where this process has it, for fast copies.
+    What is sent and what is received can be registered with CUDA, where this process has it, for
+    copies that are fast and can be queued. A received tensor that is pinned must not be dropped
+    before a queued copy has read it; so clients, whose callers know nothing of that, do not pin it.
     """
 
     name = "shm"
 
-    def __init__(self, pin: bool = False) -> None:
-        self._pin = pin and torch.cuda.is_available()
+    def __init__(self, pin_sent: bool = False, pin_received: bool = False) -> None:
+        self._pin_sent = pin_sent and torch.cuda.is_available()
+        self._pin_received = pin_received and torch.cuda.is_available()
         self._mine: dict[int, _Segment] = {}
         self._theirs: dict[int, _Segment] = {}
         self._dropped: list[int] = []
@@ -73,6 +78,8 @@ class ShmCarrier(Carrier):
         how, source = layout.describe(tensor)
         if how.is_packed:
             raise NoRoom("this tensor is copied once more when it is unpacked")
+        if not self._pin_sent:
+            raise NoRoom("a copy to memory that is not pinned cannot be queued")
         return self._pack(how, source, out, queue_off)
 
     def _pack(
@@ -105,7 +112,7 @@ class ShmCarrier(Carrier):
         if segment is None:
             if len(self._theirs) >= MAX_SEGMENTS or not 0 < capacity <= source.limit * 2:
                 raise Rejected(f"segment {number} of {capacity} bytes is over the limit")
-            segment = self._theirs[number] = _attach(capacity, source, self._pin)
+            segment = self._theirs[number] = _attach(capacity, source, self._pin_received)
         if parsed.nbytes > segment.capacity:
             raise Rejected(f"{parsed.nbytes} bytes in a segment of {segment.capacity} bytes")
         return layout.restore(parsed, segment.lend(parsed.nbytes))
@@ -135,7 +142,8 @@ class ShmCarrier(Carrier):
     def _create(self, capacity: int, out: Outgoing) -> tuple[int, _Segment]:
         if len(out.fds) >= MAX_FDS:
             raise NoRoom(f"a message brings {MAX_FDS} new segments at most")
-        segment, fd = _create(capacity, self._pin)
+        segment, fd = _create(capacity, self._pin_sent)
+        self._pin_sent = segment.is_pinned
         self._next += 1
         number = self._next
         self._mine[number] = segment
@@ -168,8 +176,7 @@ class _Segment:
         self.last_round = 0
         #: of the run
         self.address = self.run(1).data_ptr()
-        if pin:
-            _pin(self)
+        self.is_pinned = pin and _pin(self)
 
     @property
     def is_free(self) -> bool:
@@ -239,8 +246,13 @@ def _attach(capacity: int, source: Incoming, pin: bool) -> _Segment:
         os.close(fd)
 
 
-def _pin(segment: _Segment) -> None:
+def _pin(segment: _Segment) -> bool:
     """Register with CUDA, so that copies from and to the GPU run at the full rate of the bus."""
     cudart = torch.cuda.cudart()
     if int(cudart.cudaHostRegister(segment.address, segment.capacity, 0)) == 0:
         weakref.finalize(segment, cudart.cudaHostUnregister, segment.address).atexit = False
+        return True
+    # The runtime keeps the error for whoever launches the next kernel.
+    with suppress(RuntimeError):
+        torch.ones(1, device="cuda")
+    return False

@@ -5,6 +5,7 @@ In a process of its own, which takes torch's counters with it when it ends.
 
 from __future__ import annotations
 
+import mmap
 import os
 from functools import partial
 
@@ -12,9 +13,9 @@ import psutil
 import torch
 
 from luna_mp.wire.carrier import Outgoing
-from luna_mp.wire.cuda import Exporter
+from luna_mp.wire.cuda import HOST, Exporter
 from luna_mp.wire.leases import Owner
-from luna_mp.wire.shm import ShmCarrier
+from luna_mp.wire.shm import HEADER, ShmCarrier, _pin, _Segment
 from tests.gpu.clients import say
 
 SIZE = 64 << 20  # bytes
@@ -27,7 +28,7 @@ class Exports:
     def __init__(self) -> None:
         self.exporter = Exporter(torch.device("cuda", 0), 1 << 30)
         owner = Owner(os.getpid(), psutil.Process().create_time())
-        self.carrier = self.exporter.carrier(owner, ShmCarrier())
+        self.carrier = self.exporter.carrier(owner, ShmCarrier(pin_sent=True))
 
     def export(self, out: Outgoing, cycles: int = 0) -> tuple[bytes, int, bool]:
         """Counter, slot, and whether to wait; the GPU is done with it but for `cycles`."""
@@ -55,6 +56,23 @@ class Exports:
         self.exporter.book.collect()
         return torch.cuda.memory_allocated() - before
 
+    def is_done_after_taking_back_a_copy(self) -> bool:
+        """Whether nothing that was queued is left to write to the segment."""
+        out, tensor = Outgoing(to_host=True), torch.zeros(1 << 20, device="cuda")
+        torch.cuda._sleep(CYCLES)
+        assert self.carrier.pack(tensor, out)[0] == HOST
+        assert not self.exporter.is_done()
+        out.take_back()
+        return self.exporter.is_done()
+
+
+def pinned_twice() -> tuple[bool, float]:
+    """Whether a segment could be pinned once more, and what a kernel makes afterwards."""
+    memory = mmap.mmap(-1, HEADER + SIZE)
+    segment = _Segment(memory, pin=True)
+    assert segment.is_pinned
+    return _pin(segment), float((torch.ones(1, device="cuda") + 1).item())
+
 
 if __name__ == "__main__":
     torch.zeros(1, device="cuda")
@@ -65,5 +83,7 @@ if __name__ == "__main__":
         },
         left={times: exports.left_after(times) for times in (0, 1, 2, 3)},
         taken_back=exports.left_after_taking_back(),
+        copy_is_done=exports.is_done_after_taking_back_a_copy(),
+        pinned_twice=pinned_twice(),
     )
     exports.exporter.book.close()

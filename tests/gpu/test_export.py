@@ -30,3 +30,11 @@ def test_memory_comes_back_however_often_a_client_lets_go_of_it(found):
 
 def test_memory_of_a_message_that_never_left_comes_back(found):
     assert found["taken_back"] == 0
+
+
+def test_memory_that_cannot_be_pinned_fails_no_kernel(found):
+    assert found["pinned_twice"] == [False, 2.0]
+
+
+def test_a_copy_to_a_segment_that_is_taken_back_is_waited_for(found):
+    assert found["copy_is_done"]

@@ -29,6 +29,7 @@ ALLOCATORS = {
     "async": "backend:cudaMallocAsync",
     "no bindings": "backend:native",
 }
+CYCLES = 1_000_000_000  # of the GPU's clock, about half a second
 WITHOUT_BINDINGS = """
 import runpy, sys
 sys.modules["cuda.bindings"] = None
@@ -119,7 +120,37 @@ def test_results_on_the_host_are_there_when_each_call_returns(service, vae):
     with service.connect() as luna:
         # One is dropped before the next comes, so it lies where another one lay.
         for latent, image in 4 * list(zip(latents, expected, strict=True)):
-            assert_same(luna.vae.decode(latent, device="cpu"), image)
+            got = luna.vae.decode(latent, device="cpu")
+            assert_same(got, image)
+            # the service's copy: one that is made here is pinned
+            assert not got.is_pinned()
+
+
+@torch.inference_mode()
+def test_results_on_the_host_may_be_dropped_while_they_are_sent_to_the_gpu(service, vae):
+    latents = [factor * clients.latent(edge=64) for factor in (1.0, 0.5)]
+    expected = [vae.decode(latent) for latent in latents]
+    with service.connect() as luna:
+        luna.vae.decode(latents[0], device="cpu")
+        torch.cuda._sleep(CYCLES)
+        sent = []
+        for latent in latents:
+            image = luna.vae.decode(latent, device="cpu")
+            sent.append(image.to("cuda", non_blocking=True))
+            del image
+    for got, right in zip(sent, expected, strict=True):
+        assert_same(got, right)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("edge", [8, 304])
+def test_results_on_the_host_may_be_many_or_large(service, vae, edge):
+    latent = clients.latent(edge=edge)
+    with service.connect() as luna:
+        held = [luna.vae.decode(latent, device="cpu") for _ in range(2 if edge == 304 else 70)]
+    expected = vae.decode(latent).cpu()
+    for got in held:
+        assert_same(got, expected)
 
 
 def test_killed_client_gives_its_gigabyte_back(service):

@@ -107,13 +107,16 @@ def source(request):
     return Source(request.param)
 
 
+def export(slot, how=f"float32:{FLOATS}:1"):
+    return (slot, "GPU", b"handle", 4 * FLOATS, 0, b"counter", slot, b"event", True, how)
+
+
 def message(second=f"float32:{FLOATS}:1"):
     """Two results in slots 1 and 2."""
 
     def token(tensor):
         slot = int(tensor[0])
-        how = second if slot == 2 else f"float32:{FLOATS}:1"
-        return (slot, "GPU", b"handle", 4 * FLOATS, 0, b"counter", slot, b"event", True, how)
+        return export(slot, second) if slot == 2 else export(slot)
 
     results = [torch.full((FLOATS,), float(slot)) for slot in ONCE]
     return bytes(codec.dumps({"value": results}, token))
@@ -182,15 +185,17 @@ def test_what_the_service_copies_is_given_out_once_it_is_there(carrier, host, mu
     source = Source(to_host=True)
     source.when_waited_for = lambda: host.memory.fill_(1.0)
     for _ in range(2):
+        host.memory.zero_()
         result = carrier.unpack((HOST, "where", b"event", must_wait), source)
         assert result.tolist() == [value] * FLOATS
 
 
-def test_a_copy_that_is_interrupted_lets_go_of_nothing(runtime, carrier):
+def test_what_comes_after_a_copy_that_is_interrupted_is_let_go_of(runtime, carrier):
     source = Source(to_host=True)
     source.errors = [KeyboardInterrupt()]
-    token = (HOST, "where", b"event", True)
-    payload = bytes(codec.dumps({"value": torch.zeros(1)}, lambda tensor: token))
+    tokens = [(HOST, "where", b"event", True), export(2)]
+    results = {"value": [torch.zeros(1), torch.ones(1)]}
+    payload = bytes(codec.dumps(results, lambda tensor: tokens[int(tensor)]))
     with pytest.raises(KeyboardInterrupt):
         read(carrier, source, payload)
-    assert not runtime.released
+    assert runtime.released == {2: 1}

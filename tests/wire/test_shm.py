@@ -61,6 +61,18 @@ def test_free_segments_make_room_for_a_bigger_one(monkeypatch):
         assert len(right._carriers["shm"]._theirs) == 1
 
 
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # of threads and forks
+def test_a_fork_lets_go_of_nothing_for_its_parent():
+    with channels(ShmCarrier) as (left, right):
+        kept = crossed(left, right, torch.ones(BIG))
+        if not (child := os.fork()):
+            del kept
+            os._exit(0)
+        os.waitpid(child, 0)
+        crossed(left, right, torch.zeros(BIG))
+        assert kept.sum() == BIG
+
+
 def test_what_is_put_together_on_arrival_cannot_be_sent_before_it_is_copied():
     with pytest.raises(NoRoom):
         ShmCarrier().pack_queued(torch.zeros(100, 100)[:, ::2], Outgoing())
