@@ -15,7 +15,7 @@ and a stream that waits for it hangs for ever, with all that is queued on it lat
 
 A tensor that a client made itself goes by another carrier, since its allocator may not be able to
 share it. To copy it into memory that the service lends was measured too ("input" in the tables of
-`benchmarks/results`): a latent takes 0.4 ms longer that way, and an image of 50 MB 1.2 ms less.
+`benchmarks/results`): that is quicker for large images, and slower for latents, which are most.
 """
 
 from __future__ import annotations
