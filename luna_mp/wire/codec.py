@@ -36,6 +36,10 @@ _GARBAGE = (
 )
 
 
+# Most of what a message holds. Asked first: `isinstance` takes longer, and each object is asked about.
+_PLAIN = frozenset((dict, str, int, float, bool, bytes, tuple, list, type(None)))
+
+
 class _Foreign(Exception):
     """Raised with an object that cannot be sent, and why."""
 
@@ -47,7 +51,7 @@ class _Pickler(pickle.Pickler):
         self._packed: dict[int, object] = {}
 
     def persistent_id(self, obj: Any) -> object:
-        if not isinstance(obj, torch.Tensor):
+        if type(obj) in _PLAIN or not isinstance(obj, torch.Tensor):
             return None
         # One tensor in two places crosses once, and is one tensor again on the other side.
         key = id(obj)

@@ -199,6 +199,15 @@ def test_another_host_cannot_ask_for_what_it_cannot_reach(service, gpu, request_
         channel.close()
 
 
+@pytest.mark.parametrize("request_", [{"prepare": "shm"}, {"prepare": "cuda"}], ids=str)
+def test_a_client_cannot_have_twice_what_it_has(client, request_):
+    assert client.carrier == "cuda"
+    channel = client._take(soon())
+    channel.send(request_, soon())
+    assert "neither call nor probe" in channel.recv(soon())["error"]
+    channel.close()
+
+
 def test_a_system_without_shared_memory_goes_inline(service, gpu, importer, address, monkeypatch):
     monkeypatch.setattr(shm, "is_supported", lambda: False)
     with connected(service, FakeExporter(gpu), importer, address) as (_, client):
