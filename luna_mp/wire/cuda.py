@@ -45,9 +45,10 @@ logger = logging.getLogger(__name__)
 COUNTER_BYTES = 8
 COUNTERS_START = 64  # torch's shared memory opens with a header of its own
 HOST = "host"  # opens the token of what is copied to the host
-#: bytes, up to which a result for the host is copied by the service: the client would begin its
-#: copy only when it wakes. What a larger one takes of pinned memory would stay taken.
-COPIED_HERE = 64 << 20
+#: bytes of a result for the host that the service copies: the client would begin its copy only when
+#: it wakes. Smaller ones are kept in great numbers, and to make a segment for each takes longer;
+#: what larger ones take of pinned memory would stay taken.
+COPIED_HERE = range(1 << 20, (64 << 20) + 1)
 
 
 class Exporter:
@@ -157,7 +158,7 @@ class ExportingCarrier(Carrier):
     def pack(self, tensor: torch.Tensor, out: Outgoing) -> Token:
         if tensor.device != self._exporter.device or not tensor.numel():
             raise NoRoom("this tensor does not lie on the service's GPU")
-        if out.to_host and tensor.numel() * tensor.itemsize <= COPIED_HERE:
+        if out.to_host and tensor.numel() * tensor.itemsize in COPIED_HERE:
             with suppress(NoRoom):
                 return self._pack_copy(tensor, out)
         return self._exporter.export(tensor, self._owner, out)

@@ -91,7 +91,7 @@ def elsewhere(device: str) -> None:
 
 def late(device: str = "") -> None:
     """A call whose service is killed, another, and work of one's own on the stream of both."""
-    zeros = torch.zeros(1, 4, 64, 64)
+    zeros = torch.zeros(1, 4, 256, 256)
     with luna_mp.connect() as luna:
         say(carrier=luna.carriers["vae"])
         try:

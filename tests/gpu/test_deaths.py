@@ -32,5 +32,5 @@ ROOM = Figures(
 @pytest.mark.timeout(600)
 def test_two_hundred_killed_clients_leave_nothing_and_spoil_no_call(own):
     address = f"127.0.0.1:{own.ready['vae']['port']}"
-    plan = Plan(carrier="cuda", address=address, lanes=LANES, edge=32)
+    plan = Plan(carrier="cuda", address=address, lanes=LANES, edge=40)
     assert_deaths_leave_nothing(own, plan, EACH, SECONDS, ROOM)

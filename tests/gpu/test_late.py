@@ -24,8 +24,9 @@ from tests.test_supervisor import running
 
 pytestmark = pytest.mark.gpu
 
-ZEROS = torch.zeros(1, 4, 64, 64)
-INFINITE = torch.full((1, 4, 64, 64), float("inf"))
+# Large enough to be copied by the service, for a client that wants it on its host.
+ZEROS = torch.zeros(1, 4, 256, 256)
+INFINITE = torch.full_like(ZEROS, float("inf"))
 
 
 @pytest.fixture
