@@ -123,7 +123,7 @@ def connect(
             if is_named:
                 luna.close()
                 raise
-        except BaseException:
+        except BaseException:  # also an interrupt leaves no connection open
             luna.close()
             raise
     if missing and not luna.carriers:
@@ -147,7 +147,7 @@ def open_endpoint(
     endpoint = Endpoint(role, _locator(role, address, directory), key, importer)
     try:
         endpoint.open(deadline or Deadline(CONNECT_SECONDS, f"connecting to the {role} service"))
-    except BaseException:
+    except BaseException:  # also an interrupt leaves no connection open
         endpoint.close()
         raise
     return endpoint

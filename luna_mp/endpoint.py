@@ -87,18 +87,17 @@ class Endpoint:
         while not self._slots.acquire(timeout=deadline.pause()):
             continue
         request: dict[str, Any] = {"method": method, "args": args, "kwargs": kwargs}
-        to_host = device == "cpu"
-        if to_host:
+        if device == "cpu":
             request["to_host"] = True
         try:
-            reply = self._exchange(request, deadline, to_host)
+            reply = self._exchange(request, deadline)
         except stream.NeverRead:
             # The service was ending as the call came in; the call waits for its successor.
-            reply = self._exchange(request, deadline, to_host)
+            reply = self._exchange(request, deadline)
         except CarrierFailed as exc:
             logger.warning("%s: %s; tensors go by shared memory from now on", self.role, exc)
             self._avoid(str(exc))
-            reply = self._exchange(request, deadline, to_host)
+            reply = self._exchange(request, deadline)
         finally:
             self._slots.release()
         if "error" in reply:
@@ -140,9 +139,7 @@ class Endpoint:
         for channel in idle:
             channel.close()
 
-    def _exchange(
-        self, request: dict[str, Any], deadline: Deadline, to_host: bool
-    ) -> dict[str, Any]:
+    def _exchange(self, request: dict[str, Any], deadline: Deadline) -> dict[str, Any]:
         channel = self._take(deadline)
         request["timeout"] = deadline.remaining()
         try:
@@ -150,11 +147,11 @@ class Endpoint:
         except Rejected:
             self._give_back(channel)
             raise
-        except BaseException:
+        except BaseException:  # also an interrupt, which may leave half a message sent
             channel.close()
             raise
         try:
-            reply = channel.recv(deadline, to_host)
+            reply = channel.recv(deadline, to_host="to_host" in request)
         except stream.NeverRead:
             channel.close()
             raise
@@ -236,7 +233,7 @@ class Endpoint:
                     "wanted: are the two addresses swapped?"
                 )
             self.reason = probe.choose(channel, theirs, self._importer, self._avoided)
-        except BaseException:
+        except BaseException:  # also an interrupt leaves no connection open
             channel.close()
             raise
         self.carrier = channel.carrier

@@ -217,7 +217,7 @@ class Supervisor:
                     return False
                 # In turns, so that one that fails is heard while another still loads.
                 booting = [c for c in booting if not c.hear(LOOK_SECONDS / len(booting))]
-        except BaseException:
+        except BaseException:  # also an interrupt leaves no service running
             self.stop()
             raise
         return True

@@ -97,7 +97,7 @@ class Channel:
             pickled = codec.dumps(message, lambda tensor: self._pack(tensor, out))
             inline_size = sum([part.nbytes for part in out.parts])
             self._check_size(pickled.nbytes, inline_size)
-        except BaseException:
+        except BaseException:  # also an interrupt leaves nothing taken
             out.take_back()
             raise
         return Packed(message, HEADER.pack(pickled.nbytes, inline_size), pickled, out)
@@ -117,7 +117,7 @@ class Channel:
         out = packed.out
         try:
             self.stream.send([packed.header, packed.pickled, *out.parts], deadline, out.fds)
-        except BaseException:
+        except BaseException:  # also an interrupt leaves nothing taken
             out.take_back()
             raise
         self._sent = out.undo
@@ -214,7 +214,7 @@ class Packed(NamedTuple):
         try:
             for step in self.out.before:
                 step()
-        except BaseException:
+        except BaseException:  # also an interrupt leaves nothing taken
             self.out.take_back()
             raise
 

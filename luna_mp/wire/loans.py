@@ -25,8 +25,8 @@ def when_over(memory: object, step: Callable[[], object]) -> None:
 
 
 def _close(loan: weakref.ref[object]) -> None:
-    _, step = _open.pop(id(loan), (loan, None))
-    if step is not None:
+    if found := _open.pop(id(loan), None):
+        _, step = found
         step()
 
 

@@ -18,6 +18,7 @@ from luna_mp import errors
 from luna_mp.models import ModelSpec, load_vae
 from luna_mp.wire.leases import IDLE_SECONDS
 from tests.gpu import clients
+from tests.gpu.exporting import CYCLES
 from tests.helpers import wait_until
 from tests.same import assert_same
 
@@ -29,7 +30,6 @@ ALLOCATORS = {
     "async": "backend:cudaMallocAsync",
     "no bindings": "backend:native",
 }
-CYCLES = 1_000_000_000  # of the GPU's clock, about half a second
 WITHOUT_BINDINGS = """
 import runpy, sys
 sys.modules["cuda.bindings"] = None

@@ -74,7 +74,7 @@ def test_a_fork_lets_go_of_nothing_for_its_parent():
 
 
 def test_what_is_put_together_on_arrival_cannot_be_sent_before_it_is_copied():
-    with pytest.raises(NoRoom):
+    with pytest.raises(NoRoom, match="copied once more"):
         ShmCarrier().pack_queued(torch.zeros(100, 100)[:, ::2], Outgoing())
 
 
