@@ -26,6 +26,8 @@ SEND_SECONDS = 60.0  # for a client to take more of its reply
 REFUSAL_SECONDS = 5.0
 MAX_CALL_SECONDS = 24 * 3600.0
 WORK_SECONDS = 5e-3  # between two looks at whether the GPU is done, after the reply has left
+WORK_SPIN = 100e-6  # seconds before that of looking awake: next to no work is done by then
+JUST_NOW = 1e-3  # seconds since a request came, in which its client is not looked for
 LONGEST_WORK = 3600.0  # seconds that a GPU is given to be done
 
 Exposed = Mapping[str, Callable[..., Any]]
@@ -60,6 +62,7 @@ class Call:
         #: why an answer that left early did not arrive
         self.lost: LunaError | None = None
         self.deadline = Deadline(seconds, f"{method} for client {self.client[:8]}")
+        self._came = time.monotonic()
         self._held: AbstractContextManager[Any] | None = None
 
     def __enter__(self) -> Call:
@@ -89,7 +92,9 @@ class Call:
 
     def is_abandoned(self) -> bool:
         """True once nobody waits for the result: the client has gone, or has given up."""
-        return self.deadline.has_passed or self._stream.peer_has_gone
+        if self.deadline.has_passed:
+            return True
+        return time.monotonic() - self._came > JUST_NOW and self._stream.peer_has_gone
 
 
 class Calls:
@@ -200,8 +205,11 @@ class Calls:
         reason to go on: to unpin its memory would make every thread wait for the GPU.
         """
         limit = Deadline(LONGEST_WORK, "the GPU")
+        start = time.perf_counter()
         while after is not None and not after.query() and not limit.has_passed:
-            if self._channel.stream.is_readable(WORK_SECONDS):
+            # A thread that sleeps takes as long to wake as a whole call of nothing.
+            is_soon = time.perf_counter() - start < WORK_SPIN
+            if self._channel.stream.is_readable(0.0 if is_soon else WORK_SECONDS):
                 if not self._channel.stream.has_closed:
                     return
                 time.sleep(WORK_SECONDS)

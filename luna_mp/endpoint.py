@@ -28,6 +28,7 @@ MAX_CONNECTIONS = 16  # of one client to one service; more threads than that wai
 MAX_IDLE = 4
 GONE_SECONDS = 1.0  # in which a process that was killed is seen to have closed its sockets
 WATCH_SECONDS = 0.5  # between two looks at whether the service is there, while its GPU is shared
+JUST_NOW = 1e-3  # seconds since its last answer, in which a service is not looked for
 
 Address = str | tuple[str, int]
 
@@ -61,6 +62,7 @@ class Endpoint:
         self._idle: list[Channel] = []
         self._pid = os.getpid()
         self._was_there = False
+        self._answered = 0.0
         self._is_closed = False
         self._closing = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name=f"{role} watcher", daemon=True)
@@ -93,6 +95,7 @@ class Endpoint:
             reply = self._exchange(request, deadline)
         except stream.NeverRead:
             # The service was ending as the call came in; the call waits for its successor.
+            self._close_gone()
             reply = self._exchange(request, deadline)
         except CarrierFailed as exc:
             logger.warning("%s: %s; tensors go by shared memory from now on", self.role, exc)
@@ -125,11 +128,14 @@ class Endpoint:
     def _watch(self) -> None:
         """Close connections whose service died: what they map would keep its VRAM taken."""
         while not self._closing.wait(WATCH_SECONDS):
-            with self._lock:
-                gone = [channel for channel in self._idle if channel.stream.peer_has_gone]
-                self._idle = [channel for channel in self._idle if channel not in gone]
-            for channel in gone:
-                channel.close()
+            self._close_gone()
+
+    def _close_gone(self) -> None:
+        with self._lock:
+            gone = [channel for channel in self._idle if channel.stream.peer_has_gone]
+            self._idle = [channel for channel in self._idle if channel not in gone]
+        for channel in gone:
+            channel.close()
 
     def _avoid(self, reason: str) -> None:
         """Share the GPU no more; connections that do are closed."""
@@ -170,6 +176,7 @@ class Endpoint:
             # Closing is what tells the service that nobody waits for this call any more.
             channel.close()
             raise
+        self._answered = time.monotonic()
         self._give_back(channel)
         return reply
 
@@ -185,8 +192,10 @@ class Endpoint:
                 # A fork shares its parent's sockets; what it reads there is the parent's.
                 self._idle, self._pid = [], os.getpid()
                 self.client_id = uuid.uuid4().hex
+        # To look takes a tenth of a short call. Where it has gone since, the request is not read.
+        was_there = time.monotonic() - self._answered < JUST_NOW
         while channel := self._pop():
-            if not channel.stream.peer_has_gone:
+            if (was_there and channel.stream.is_local) or not channel.stream.peer_has_gone:
                 return channel
             channel.close()
         return None

@@ -16,6 +16,7 @@ from luna_mp.faults import is_gpu_fault, is_out_of_memory
 from luna_mp.sessions import Sessions
 from luna_mp.supervisor import Supervisor
 from luna_mp.wire.carrier import Carrier
+from luna_mp.wire.stream import Stream
 from luna_mp.workers.vae import VaeWorker
 from tests.helpers import calls_over, endpoint, request, served, wait_until
 from tests.test_supervisor import running
@@ -201,6 +202,24 @@ def test_a_call_is_under_way_until_the_gpu_is_done(tmp_path):
         work.may_end.set()
         stopping.join(1.0)
         assert not stopping.is_alive()
+
+
+def test_work_that_is_done_at_once_is_awaited_awake(tmp_path, monkeypatch):
+    waits = []
+    is_readable = Stream.is_readable
+
+    def noted(self, seconds):
+        waits.append(seconds)
+        work.may_end.set()
+        return is_readable(self, seconds)
+
+    work = Work()
+    with served(replies_early(work), str(tmp_path / "sock")) as server, endpoint(server) as client:
+        monkeypatch.setattr(Stream, "is_readable", noted)
+        monkeypatch.setattr("luna_mp.calls.WORK_SPIN", 60.0)
+        client.call("method", (), {}, 10.0)
+        wait_until(lambda: work.may_end.is_set())
+    assert set(waits) == {0.0}
 
 
 def test_a_client_that_has_gone_is_kept_until_the_gpu_is_done(tmp_path):

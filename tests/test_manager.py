@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import struct
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 import pytest
@@ -201,6 +202,23 @@ def test_client_finds_a_server_that_came_back(tmp_path):
     path = str(tmp_path / "sock")
     with served(EXPOSED, path) as first, endpoint(first) as client:
         assert call(client, "echo", 1)[0] == 1
+        first.stop(grace=1.0)
+        wait_until(lambda: not (tmp_path / "sock").exists())
+        with served(EXPOSED, path):
+            assert call(client, "echo", 2)[0] == 2
+
+
+def test_client_finds_a_server_that_came_back_right_after_its_answer(tmp_path, monkeypatch):
+    monkeypatch.setattr("luna_mp.endpoint.JUST_NOW", 60.0)
+    path = str(tmp_path / "sock")
+    both = threading.Barrier(2, timeout=10.0)
+    with (
+        served({"meet": lambda call: both.wait() and None}, path) as first,
+        endpoint(first) as client,
+    ):
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda _: call(client, "meet"), range(2)))
+        assert "2 idle" in repr(client)
         first.stop(grace=1.0)
         wait_until(lambda: not (tmp_path / "sock").exists())
         with served(EXPOSED, path):
