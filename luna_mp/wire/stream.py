@@ -157,8 +157,14 @@ class Stream:
             except OSError as exc:
                 raise _translated(exc, self.peer, deadline) from exc
             if not count:
-                raise Broken(f"{self.peer} closed the connection")
+                raise self._ended(deadline)
             return count
+
+    def _ended(self, deadline: Deadline) -> LunaError:
+        """By TCP, what is sent to a peer that has just closed is answered after its last byte."""
+        if code := self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            return _translated(OSError(code, os.strerror(code)), self.peer, deadline)
+        return Broken(f"{self.peer} closed the connection")
 
     def _block(self, is_sending: bool, deadline: Deadline) -> None:
         """Sleep until the socket is ready, or for a while. Raises `TimedOut`."""

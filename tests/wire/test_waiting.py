@@ -10,9 +10,9 @@ import torch
 from luna_mp.deadline import Deadline
 from luna_mp.errors import Broken, TimedOut
 from luna_mp.wire.carrier import Carrier
-from luna_mp.wire.channel import HEADER
-from luna_mp.wire.stream import NeverRead
-from tests.helpers import wait_until
+from luna_mp.wire.channel import HEADER, Channel
+from luna_mp.wire.stream import NeverRead, connect, listen
+from tests.helpers import LIMIT, wait_until
 from tests.wire.pair import channels, soon
 
 BIG = 40_000  # elements; more than what is sent inline for being small
@@ -154,6 +154,16 @@ def test_what_is_never_read_is_given_back(ends):
     with pytest.raises(NeverRead):
         left.recv(soon())
     assert carrier_of(left).given_back == [BIG]
+
+
+def test_what_is_sent_by_tcp_right_after_the_peer_closed_was_never_read():
+    with listen(("127.0.0.1", 0)) as listener:
+        left = Channel(connect(listener.getsockname(), soon()), LIMIT)
+        listener.accept()[0].close()
+    with left:
+        left.send({"value": 1}, soon())
+        with pytest.raises(NeverRead):
+            left.recv(soon())
 
 
 def test_what_cannot_be_sent_is_given_back(ends):
