@@ -11,7 +11,6 @@ from torch.multiprocessing import reductions
 from luna_mp.wire import cuda_runtime, layout
 from luna_mp.wire.carrier import Carrier, CarrierFailed, Incoming, NoRoom, Outgoing, Token
 from luna_mp.wire.cuda import HOST, uuid_of
-from luna_mp.wire.layout import Layout
 from luna_mp.wire.leases import Owner
 from luna_mp.wire.shm import ShmCarrier
 
@@ -79,7 +78,7 @@ class ImportingCarrier(Carrier):
             raise NoRoom("this view has other values than its memory")
         # The service's stream knows nothing of what this process has queued on the tensor.
         torch.cuda.current_stream(self._device).synchronize()
-        how = Layout(layout.name_of(tensor.dtype), tuple(tensor.shape), tensor.stride(), False)
+        how = layout.layout_of(tensor.dtype, tensor.shape, tensor.stride())
         return (number, tensor.storage_offset() * tensor.itemsize, how.text)
 
     def unpack(self, token: Token, source: Incoming) -> torch.Tensor:

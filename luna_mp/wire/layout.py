@@ -9,14 +9,14 @@ from __future__ import annotations
 import ctypes
 import math
 import reprlib
-from functools import lru_cache
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import torch
 
 from luna_mp.errors import Rejected, Unsendable
 
-__all__ = ("Layout", "describe", "memory_of", "name_of", "parse", "restore", "run_of")
+__all__ = ("Layout", "describe", "layout_of", "memory_of", "parse", "restore", "run_of")
 
 MAX_DIMS = 64  # torch's own limit
 MAX_NUMBER = 1 << 62  # likewise, of an element, with room to add
@@ -33,7 +33,8 @@ DTYPES: dict[str, torch.dtype] = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-class Layout(NamedTuple):
+@dataclass(frozen=True)
+class Layout:
     """`is_packed`: the run holds each element once, in row-major order, whatever the strides.
 
     Otherwise the run is the memory from the first element to the last, as it lay.
@@ -48,36 +49,36 @@ class Layout(NamedTuple):
     def itemsize(self) -> int:
         return DTYPES[self.dtype].itemsize
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of the run that crosses."""
         if not self.is_packed:
             return self.span * self.itemsize
         return math.prod(_without_repeats(self.shape, self.stride)) * self.itemsize
 
-    @property
+    @cached_property
     def span(self) -> int:
         """Elements from the first to the last in memory, gaps included."""
-        return _span(self.shape, self.stride)
+        if 0 in self.shape:
+            return 0
+        return 1 + sum([(n - 1) * step for n, step in zip(self.shape, self.stride, strict=True)])
 
-    @property
+    @cached_property
     def text(self) -> str:
         """As it crosses, for `parse`: dtype, shape and strides, and whether it is packed."""
-        return _text(self)
+        shape, stride = (",".join(map(str, numbers)) for numbers in (self.shape, self.stride))
+        packed = (PACKED,) if self.is_packed else ()
+        return ":".join((self.dtype, shape, stride, *packed))
 
 
 @lru_cache(maxsize=REMEMBERED)
-def _span(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
-    if 0 in shape:
-        return 0
-    return 1 + sum([(n - 1) * step for n, step in zip(shape, stride, strict=True)])
-
-
-@lru_cache(maxsize=REMEMBERED)
-def _text(layout: Layout) -> str:
-    shape, stride = (",".join(map(str, numbers)) for numbers in (layout.shape, layout.stride))
-    packed = (PACKED,) if layout.is_packed else ()
-    return ":".join((layout.dtype, shape, stride, *packed))
+def layout_of(
+    dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...], is_packed: bool = False
+) -> Layout:
+    """The same one each time: what is computed of it is kept with it. Raises `Unsendable`."""
+    if dtype not in _NAMES:
+        raise Unsendable(f"a tensor of {dtype}: quantized tensors cannot be sent")
+    return Layout(_NAMES[dtype], tuple(shape), stride, is_packed)
 
 
 def describe(tensor: torch.Tensor) -> tuple[Layout, torch.Tensor]:
@@ -90,11 +91,11 @@ def describe(tensor: torch.Tensor) -> tuple[Layout, torch.Tensor]:
     if tensor.is_conj() or tensor.is_neg():
         tensor = tensor.resolve_conj().resolve_neg()
     stride = tensor.stride()
-    layout = Layout(_NAMES[tensor.dtype], tuple(tensor.shape), stride, is_packed=False)
+    layout = layout_of(tensor.dtype, tensor.shape, stride)
     if layout.span <= tensor.numel():
         return layout, tensor
     # A view with gaps: what lies in the gaps is nobody's business, and may be large.
-    layout = layout._replace(is_packed=True)
+    layout = layout_of(tensor.dtype, tensor.shape, stride, True)
     once = tensor.detach().as_strided(_without_repeats(layout.shape, stride), stride)
     return layout, once.contiguous()
 
@@ -146,13 +147,6 @@ def _parsed(text: str) -> tuple[Layout, int]:
 
 def _numbers(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split(","))) if text else ()
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """The name by which a dtype travels. Raises `Unsendable`."""
-    if dtype not in _NAMES:
-        raise Unsendable(f"a tensor of {dtype}: quantized tensors cannot be sent")
-    return _NAMES[dtype]
 
 
 def memory_of(tensor: torch.Tensor, nbytes: int) -> memoryview:
