@@ -8,6 +8,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from luna_mp.config import Role, ServiceConfig
@@ -58,7 +59,10 @@ class Endpoint:
         #: why the GPU is not shared any more, after that failed in mid-life
         self._avoided = ""
         self._lock = threading.Lock()
-        self._slots = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        # Of C, where a semaphore is of Python.
+        self._slots: SimpleQueue[None] = SimpleQueue()
+        for _ in range(MAX_CONNECTIONS):
+            self._slots.put(None)
         self._idle: list[Channel] = []
         self._pid = os.getpid()
         self._was_there = False
@@ -86,8 +90,7 @@ class Endpoint:
         Raises `LunaError`; any other call is unaffected by its failure.
         """
         deadline = Deadline(seconds, f"{self.role}.{method}", check)
-        while not self._slots.acquire(timeout=deadline.pause()):
-            continue
+        self._take_slot(deadline)
         request: dict[str, Any] = {"method": method, "args": args, "kwargs": kwargs}
         if device == "cpu":
             request["to_host"] = True
@@ -102,10 +105,17 @@ class Endpoint:
             self._avoid(str(exc))
             reply = self._exchange(request, deadline)
         finally:
-            self._slots.release()
+            self._slots.put(None)
         if "error" in reply:
             raise revive(reply["kind"], reply["error"], reply["traceback"])
         return reply["result"]
+
+    def _take_slot(self, deadline: Deadline) -> None:
+        while True:
+            try:
+                return self._slots.get(timeout=deadline.pause())
+            except Empty:
+                continue
 
     def open(self, deadline: Deadline) -> None:
         """Make sure that the service answers. Raises `LunaError`."""

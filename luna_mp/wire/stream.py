@@ -94,17 +94,17 @@ class Stream:
         return self._sock.fileno()
 
     def send(self, parts: Sequence[Buffer], deadline: Deadline, fds: Sequence[int] = ()) -> None:
-        """Send all parts in order; `fds` travel with the first byte (Unix sockets only)."""
-        views = [view for part in parts if (view := memoryview(part)).nbytes]
+        """Send all parts, of bytes, in order; `fds` travel with the first (Unix sockets only)."""
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-        while views:
-            sent = self._wait_for(self._send, (views, ancillary), deadline)
+        left = [part for part in parts if len(part)]
+        while left:
+            sent = self._wait_for(self._send, (left, ancillary), deadline)
             deadline.progress()
             ancillary = []
-            while views and sent >= views[0].nbytes:
-                sent -= views.pop(0).nbytes
+            while left and sent >= len(left[0]):
+                sent -= len(left.pop(0))
             if sent:
-                views[0] = views[0].cast("B")[sent:]
+                left[0] = memoryview(left[0])[sent:]
 
     def recv_into(self, target: bytearray | memoryview, deadline: Deadline) -> None:
         """Fill `target`; raises `Broken` when the peer closes first."""
@@ -176,10 +176,10 @@ class Stream:
             mine = [self._sock]
             select.select([] if is_sending else mine, mine if is_sending else [], [], left)
 
-    def _send(self, views: list[memoryview], ancillary: list[tuple[int, int, Any]]) -> int:
+    def _send(self, parts: list[Buffer], ancillary: list[tuple[int, int, Any]]) -> int:
         if not hasattr(self._sock, "sendmsg"):
-            return self._sock.send(views[0])
-        return self._sock.sendmsg(views[:MAX_PARTS], ancillary)
+            return self._sock.send(parts[0])
+        return self._sock.sendmsg(parts[:MAX_PARTS], ancillary)
 
     def _recv_with_fds(self, view: memoryview) -> int:
         if not self.is_local:
