@@ -27,7 +27,6 @@ REFUSAL_SECONDS = 5.0
 MAX_CALL_SECONDS = 24 * 3600.0
 WORK_SECONDS = 5e-3  # between two looks at whether the GPU is done, after the reply has left
 WORK_SPIN = 100e-6  # seconds before that of looking awake: next to no work is done by then
-JUST_NOW = 1e-3  # seconds since a request came, in which its client is not looked for
 LONGEST_WORK = 3600.0  # seconds that a GPU is given to be done
 
 Exposed = Mapping[str, Callable[..., Any]]
@@ -62,7 +61,6 @@ class Call:
         #: why an answer that left early did not arrive
         self.lost: LunaError | None = None
         self.deadline = Deadline(seconds, f"{method} for client {self.client[:8]}")
-        self._came = time.monotonic()
         self._held: AbstractContextManager[Any] | None = None
 
     def __enter__(self) -> Call:
@@ -92,9 +90,7 @@ class Call:
 
     def is_abandoned(self) -> bool:
         """True once nobody waits for the result: the client has gone, or has given up."""
-        if self.deadline.has_passed:
-            return True
-        return time.monotonic() - self._came > JUST_NOW and self._stream.peer_has_gone
+        return self.deadline.has_passed or self._stream.peer_has_gone
 
 
 class Calls:

@@ -10,6 +10,7 @@ from luna_mp.errors import TimedOut
 __all__ = ("Deadline", "Patience", "nap")
 
 CHECK_SECONDS = 0.1  # between two questions whether a wait is still wanted
+LONGEST = 1e6  # seconds; more is as good as for ever, and too much for the system's own clocks
 SHORTEST_NAP = 10e-6  # seconds, which Linux makes some 60 µs of
 LONGEST_NAP = 1e-3
 NAP_SHARE = 1 / 4000  # of what was waited so far
@@ -29,7 +30,7 @@ class Deadline:
         self.seconds = seconds
         self.what = what
         self._check = check
-        self._at = time.monotonic() + seconds
+        self._at = time.monotonic() + min(seconds, LONGEST)
         self._asked = 0.0
 
     def __repr__(self) -> str:

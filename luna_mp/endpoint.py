@@ -29,7 +29,6 @@ MAX_CONNECTIONS = 16  # of one client to one service; more threads than that wai
 MAX_IDLE = 4
 GONE_SECONDS = 1.0  # in which a process that was killed is seen to have closed its sockets
 WATCH_SECONDS = 0.5  # between two looks at whether the service is there, while its GPU is shared
-JUST_NOW = 1e-3  # seconds since its last answer, in which a service is not looked for
 
 Address = str | tuple[str, int]
 
@@ -66,7 +65,6 @@ class Endpoint:
         self._idle: list[Channel] = []
         self._pid = os.getpid()
         self._was_there = False
-        self._answered = 0.0
         self._is_closed = False
         self._closing = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name=f"{role} watcher", daemon=True)
@@ -95,15 +93,7 @@ class Endpoint:
         if device == "cpu":
             request["to_host"] = True
         try:
-            reply = self._exchange(request, deadline)
-        except stream.NeverRead:
-            # The service was ending as the call came in; the call waits for its successor.
-            self._close_gone()
-            reply = self._exchange(request, deadline)
-        except CarrierFailed as exc:
-            logger.warning("%s: %s; tensors go by shared memory from now on", self.role, exc)
-            self._avoid(str(exc))
-            reply = self._exchange(request, deadline)
+            reply = self._insist(request, deadline)
         finally:
             self._slots.put(None)
         if "error" in reply:
@@ -116,6 +106,21 @@ class Endpoint:
                 return self._slots.get(timeout=deadline.pause())
             except Empty:
                 continue
+
+    def _insist(self, request: dict[str, Any], deadline: Deadline) -> dict[str, Any]:
+        """Exchange, and once more after each of two failures that the next try need not meet."""
+        met: list[type[Broken]] = []
+        while True:
+            try:
+                return self._exchange(request, deadline)
+            except (stream.NeverRead, CarrierFailed) as exc:
+                if type(exc) in met:
+                    raise
+                met.append(type(exc))
+                # Else the service was ending as the call came in; the next try waits for another.
+                if isinstance(exc, CarrierFailed):
+                    logger.warning("%s: %s; tensors go by shared memory now", self.role, exc)
+                    self._avoid(str(exc))
 
     def open(self, deadline: Deadline) -> None:
         """Make sure that the service answers. Raises `LunaError`."""
@@ -138,14 +143,11 @@ class Endpoint:
     def _watch(self) -> None:
         """Close connections whose service died: what they map would keep its VRAM taken."""
         while not self._closing.wait(WATCH_SECONDS):
-            self._close_gone()
-
-    def _close_gone(self) -> None:
-        with self._lock:
-            gone = [channel for channel in self._idle if channel.stream.peer_has_gone]
-            self._idle = [channel for channel in self._idle if channel not in gone]
-        for channel in gone:
-            channel.close()
+            with self._lock:
+                gone = [channel for channel in self._idle if channel.stream.peer_has_gone]
+                self._idle = [channel for channel in self._idle if channel not in gone]
+            for channel in gone:
+                channel.close()
 
     def _avoid(self, reason: str) -> None:
         """Share the GPU no more; connections that do are closed."""
@@ -186,7 +188,6 @@ class Endpoint:
             # Closing is what tells the service that nobody waits for this call any more.
             channel.close()
             raise
-        self._answered = time.monotonic()
         self._give_back(channel)
         return reply
 
@@ -202,10 +203,8 @@ class Endpoint:
                 # A fork shares its parent's sockets; what it reads there is the parent's.
                 self._idle, self._pid = [], os.getpid()
                 self.client_id = uuid.uuid4().hex
-        # To look takes a tenth of a short call. Where it has gone since, the request is not read.
-        was_there = time.monotonic() - self._answered < JUST_NOW
         while channel := self._pop():
-            if (was_there and channel.stream.is_local) or not channel.stream.peer_has_gone:
+            if not channel.stream.peer_has_gone:
                 return channel
             channel.close()
         return None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import threading
 
 import pytest
 
-from luna_mp.deadline import CHECK_SECONDS, Deadline
+from luna_mp.deadline import CHECK_SECONDS, LONGEST, Deadline
 from luna_mp.errors import TimedOut
 from tests.helpers import KEY, endpoint, served, wait_until
 
@@ -77,3 +78,7 @@ def test_a_connection_is_well_after_a_call_that_was_not_wanted(tmp_path):
         with pytest.raises(Unwanted):
             client.call("work", (True,), {}, 100.0, check=lambda: began.is_set() and refuse())
         assert client.call("work", (False,), {}, 100.0) is False
+
+
+def test_a_call_may_be_given_for_ever():
+    assert Deadline(math.inf, "a call").pause() <= LONGEST

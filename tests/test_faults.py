@@ -222,6 +222,21 @@ def test_work_that_is_done_at_once_is_awaited_awake(tmp_path, monkeypatch):
     assert set(waits) == {0.0}
 
 
+def test_work_that_takes_long_is_awaited_asleep(tmp_path, monkeypatch):
+    is_readable = Stream.is_readable
+
+    def noted(self, seconds):
+        if seconds:
+            work.may_end.set()
+        return is_readable(self, seconds)
+
+    work = Work()
+    with served(replies_early(work), str(tmp_path / "sock")) as server, endpoint(server) as client:
+        monkeypatch.setattr(Stream, "is_readable", noted)
+        client.call("method", (), {}, 10.0)
+        wait_until(lambda: work.may_end.is_set())
+
+
 def test_a_client_that_has_gone_is_kept_until_the_gpu_is_done(tmp_path):
     work = Work()
     with served(replies_early(work), str(tmp_path / "sock")) as server:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import struct
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict
 
 import pytest
@@ -16,6 +16,7 @@ from luna_mp.client import _parse
 from luna_mp.deadline import Deadline
 from luna_mp.endpoint import Endpoint
 from luna_mp.wire import handshake, stream
+from luna_mp.wire.carrier import CarrierFailed
 from luna_mp.wire.channel import HEADER, Channel
 from tests.helpers import KEY, LIMIT, endpoint, served, wait_until
 from tests.same import assert_same
@@ -198,27 +199,48 @@ def test_threads_share_one_client(client):
     assert results == {n: [n] * 20 for n in range(8)}
 
 
+def test_threads_over_the_limit_of_a_client_wait(tmp_path, monkeypatch):
+    monkeypatch.setattr("luna_mp.endpoint.MAX_CONNECTIONS", 1)
+    may_end = threading.Event()
+    exposed = {**EXPOSED, "work": lambda call: may_end.wait(10.0)}
+    with served(exposed, str(tmp_path / "sock")) as server, endpoint(server) as client:
+        working = threading.Thread(target=call, args=(client, "work"))
+        working.start()
+        wait_until(lambda: "1 connections" in repr(server))
+        with pytest.raises(errors.TimedOut):
+            call(client, "echo", seconds=0.2)
+        may_end.set()
+        working.join()
+        assert call(client, "echo", 1)[0] == 1
+        assert "1 connections" in repr(server)
+
+
+@pytest.mark.parametrize(
+    ("failures", "expected"),
+    [
+        ([stream.NeverRead("ended"), CarrierFailed("cuda")], nullcontext()),
+        ([CarrierFailed("cuda"), stream.NeverRead("ended")], nullcontext()),
+        ([stream.NeverRead("ended")] * 2, pytest.raises(stream.NeverRead)),
+        ([CarrierFailed("cuda")] * 2, pytest.raises(CarrierFailed)),
+    ],
+)
+def test_call_is_made_again_once_after_each_kind_of_failure(monkeypatch, failures, expected):
+    left = [*failures]
+
+    def exchange(self, request, deadline):
+        if left:
+            raise left.pop(0)
+        return {"result": "at last"}
+
+    monkeypatch.setattr(Endpoint, "_exchange", exchange)
+    with expected:
+        assert call(Endpoint("vae", lambda: "nowhere", KEY), "echo") == "at last"
+
+
 def test_client_finds_a_server_that_came_back(tmp_path):
     path = str(tmp_path / "sock")
     with served(EXPOSED, path) as first, endpoint(first) as client:
         assert call(client, "echo", 1)[0] == 1
-        first.stop(grace=1.0)
-        wait_until(lambda: not (tmp_path / "sock").exists())
-        with served(EXPOSED, path):
-            assert call(client, "echo", 2)[0] == 2
-
-
-def test_client_finds_a_server_that_came_back_right_after_its_answer(tmp_path, monkeypatch):
-    monkeypatch.setattr("luna_mp.endpoint.JUST_NOW", 60.0)
-    path = str(tmp_path / "sock")
-    both = threading.Barrier(2, timeout=10.0)
-    with (
-        served({"meet": lambda call: both.wait() and None}, path) as first,
-        endpoint(first) as client,
-    ):
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(lambda _: call(client, "meet"), range(2)))
-        assert "2 idle" in repr(client)
         first.stop(grace=1.0)
         wait_until(lambda: not (tmp_path / "sock").exists())
         with served(EXPOSED, path):

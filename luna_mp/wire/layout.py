@@ -9,8 +9,8 @@ from __future__ import annotations
 import ctypes
 import math
 import reprlib
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -33,8 +33,7 @@ DTYPES: dict[str, torch.dtype] = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """`is_packed`: the run holds each element once, in row-major order, whatever the strides.
 
     Otherwise the run is the memory from the first element to the last, as it lay.
@@ -44,41 +43,33 @@ class Layout:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     is_packed: bool
-
-    @property
-    def itemsize(self) -> int:
-        return DTYPES[self.dtype].itemsize
-
-    @cached_property
-    def nbytes(self) -> int:
-        """Bytes of the run that crosses."""
-        if not self.is_packed:
-            return self.span * self.itemsize
-        return math.prod(_without_repeats(self.shape, self.stride)) * self.itemsize
-
-    @cached_property
-    def span(self) -> int:
-        """Elements from the first to the last in memory, gaps included."""
-        if 0 in self.shape:
-            return 0
-        return 1 + sum([(n - 1) * step for n, step in zip(self.shape, self.stride, strict=True)])
-
-    @cached_property
-    def text(self) -> str:
-        """As it crosses, for `parse`: dtype, shape and strides, and whether it is packed."""
-        shape, stride = (",".join(map(str, numbers)) for numbers in (self.shape, self.stride))
-        packed = (PACKED,) if self.is_packed else ()
-        return ":".join((self.dtype, shape, stride, *packed))
+    itemsize: int
+    #: elements from the first to the last in memory, gaps included
+    span: int
+    #: bytes of the run that crosses
+    nbytes: int
+    #: as it crosses, for `parse`: dtype, shape and strides, and whether it is packed
+    text: str
 
 
 @lru_cache(maxsize=REMEMBERED)
 def layout_of(
     dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...], is_packed: bool = False
 ) -> Layout:
-    """The same one each time: what is computed of it is kept with it. Raises `Unsendable`."""
+    """How a tensor lies. Raises `Unsendable`."""
     if dtype not in _NAMES:
         raise Unsendable(f"a tensor of {dtype}: quantized tensors cannot be sent")
-    return Layout(_NAMES[dtype], tuple(shape), stride, is_packed)
+    return _layout(_NAMES[dtype], tuple(shape), stride, is_packed)
+
+
+def _layout(dtype: str, shape: tuple[int, ...], stride: tuple[int, ...], is_packed: bool) -> Layout:
+    itemsize = DTYPES[dtype].itemsize
+    span = 1 + sum([(n - 1) * step for n, step in zip(shape, stride, strict=True)])
+    span = 0 if 0 in shape else span
+    size = math.prod(_without_repeats(shape, stride)) if is_packed else span
+    numbers = (",".join(map(str, each)) for each in (shape, stride))
+    text = ":".join((dtype, *numbers, *((PACKED,) if is_packed else ())))
+    return Layout(dtype, shape, stride, is_packed, itemsize, span, size * itemsize, text)
 
 
 def describe(tensor: torch.Tensor) -> tuple[Layout, torch.Tensor]:
@@ -131,18 +122,18 @@ def parse(text: object, limit: int) -> Layout:
 def _parsed(text: str) -> tuple[Layout, int]:
     """The layout, and the bytes of what may be computed of it."""
     try:
-        dtype, shape, stride, *packed = text.split(":")
-        layout = Layout(dtype, _numbers(shape), _numbers(stride), bool(packed))
+        dtype, first, second, *packed = text.split(":")
+        shape, stride = _numbers(first), _numbers(second)
     except ValueError as exc:
         raise Rejected(f"a tensor's description is malformed: {text!r:.200}") from exc
-    dims = len(layout.shape)
-    numbers = layout.shape + layout.stride
-    # Each layout has one text.
-    is_possible = layout.text == text and dtype in DTYPES and dims == len(layout.stride)
-    if not is_possible or dims > MAX_DIMS or not all(0 <= n < MAX_NUMBER for n in numbers):
-        raise Rejected(f"a tensor's description is impossible: {text!r:.200}")
-    # Also of elements that lie in one place: what is computed of them does not.
-    return layout, max(layout.span, math.prod(layout.shape)) * layout.itemsize
+    is_possible = dtype in DTYPES and len(shape) == len(stride) <= MAX_DIMS
+    if is_possible and all(0 <= n < MAX_NUMBER for n in shape + stride):
+        layout = _layout(dtype, shape, stride, bool(packed))
+        # Each layout has one text.
+        if layout.text == text:
+            # Also of elements that lie in one place: what is computed of them does not.
+            return layout, max(layout.span, math.prod(shape)) * layout.itemsize
+    raise Rejected(f"a tensor's description is impossible: {text!r:.200}")
 
 
 def _numbers(text: str) -> tuple[int, ...]:

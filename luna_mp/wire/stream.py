@@ -29,6 +29,7 @@ CLIENT_DOZE = 1.0  # seconds after that, of naps, from which a thread wakes soon
 SERVICE_SPIN = 500e-6  # a client that calls in a row is back by then
 READ_AHEAD = 8192  # bytes; more than a message without tensors has
 MAX_PARTS = 64  # of one system call
+REFUSED = (errno.EPIPE, errno.ECONNRESET)
 FDS_SPACE = socket.CMSG_SPACE(MAX_FDS * 4) if hasattr(socket, "CMSG_SPACE") else 0
 TRUNCATED = int(getattr(socket, "MSG_CTRUNC", 0))
 
@@ -125,9 +126,15 @@ class Stream:
         if have := len(self._ahead):
             self._buffer[:have] = bytes(self._ahead)
         while have < size:
-            have += self._wait_for(
-                self._recv_with_fds, (self._buffer[have:],), deadline, self._spin, self._doze
-            )
+            try:
+                have += self._wait_for(
+                    self._recv_with_fds, (self._buffer[have:],), deadline, self._spin, self._doze
+                )
+            except Broken as exc:
+                # By TCP, what is sent to a peer that has just closed is refused after its end came.
+                if have or self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) not in REFUSED:
+                    raise
+                raise NeverRead(f"{self.peer} had closed before the message came") from exc
         self._ahead = self._buffer[size:have]
         return bytes(self._buffer[:size])
 
@@ -157,14 +164,8 @@ class Stream:
             except OSError as exc:
                 raise _translated(exc, self.peer, deadline) from exc
             if not count:
-                raise self._ended(deadline)
+                raise Broken(f"{self.peer} closed the connection")
             return count
-
-    def _ended(self, deadline: Deadline) -> LunaError:
-        """By TCP, what is sent to a peer that has just closed is answered after its last byte."""
-        if code := self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-            return _translated(OSError(code, os.strerror(code)), self.peer, deadline)
-        return Broken(f"{self.peer} closed the connection")
 
     def _block(self, is_sending: bool, deadline: Deadline) -> None:
         """Sleep until the socket is ready, or for a while. Raises `TimedOut`."""

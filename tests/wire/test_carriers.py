@@ -150,7 +150,7 @@ def test_a_description_that_fits_no_tensor_is_refused(description):
 @pytest.mark.parametrize("dtype", layout.DTYPES)
 @pytest.mark.parametrize("shape", [(), (0,), (3, 4), (1,) * 64])
 def test_a_description_is_read_as_it_was_written(dtype, shape):
-    how = layout.Layout(dtype, shape, torch.empty(shape).stride(), is_packed=False)
+    how = layout.layout_of(layout.DTYPES[dtype], shape, torch.empty(shape).stride())
     assert layout.parse(how.text, 1 << 20) == how
 
 
