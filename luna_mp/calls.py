@@ -144,6 +144,11 @@ class Calls:
                 raise
             self._give_up(exc)
 
+    def turn_away(self) -> None:
+        """Say of a request that it is not run: the service ends, and the next one may take it."""
+        deadline = Deadline(REFUSAL_SECONDS, "a refusal")
+        self._channel.turn_away(f"the {self._name} service is ending", deadline)
+
     def _answer(self, request: dict[str, Any]) -> None:
         call = None
         try:

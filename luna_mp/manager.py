@@ -153,15 +153,17 @@ class Server(managers.Server):
     def stop(self, grace: float) -> bool:
         """Admit nobody more; give running calls `grace` seconds, then close every connection.
 
-        Returns whether all its threads have ended.
+        Requests that come meanwhile are turned away. Returns whether all its threads have ended.
         """
         self.admit_nobody()
         with self._idle:
             self._idle.wait_for(lambda: not self._busy, timeout=grace)
-            left = list(self._threads.values())
+            left = [
+                (thread in self._busy, open_stream) for thread, open_stream in self._threads.items()
+            ]
             started = self._started
-        for open_stream in left:
-            open_stream.wake()
+        for is_busy, open_stream in left:
+            open_stream.wake() if is_busy else open_stream.end_input()
         end = time.monotonic() + THREAD_SECONDS
         for thread in started:
             thread.join(max(end - time.monotonic(), 0.0))
@@ -237,12 +239,20 @@ class Server(managers.Server):
             request = calls.next()
             if request is None:
                 return
-            self._busy.add(thread)
+            if not self._begins(thread):
+                return calls.turn_away()
             calls.answer(request)
             # Inputs go after the reply left: letting go of CUDA memory waits for the GPU.
             del request
             if not self._stop.is_set():
                 self._busy.discard(thread)
+
+    def _begins(self, thread: threading.Thread) -> bool:
+        """Note that it is busy, unless this ends; what is noted is given its grace."""
+        with self._idle:
+            if not self._stop.is_set():
+                self._busy.add(thread)
+            return thread in self._busy
 
 
 class Manager(managers.BaseManager):

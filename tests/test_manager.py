@@ -247,6 +247,25 @@ def test_client_finds_a_server_that_came_back(tmp_path):
             assert call(client, "echo", 2)[0] == 2
 
 
+def test_call_that_comes_while_a_service_ends_goes_to_the_next(tmp_path):
+    path = tmp_path / "sock"
+    may_end = threading.Event()
+    first = {"work": lambda call: may_end.wait(10.0), "who": lambda call: "the first"}
+    with served(first, str(path)) as ending, endpoint(ending) as client:
+        working = threading.Thread(target=call, args=(client, "work"))
+        working.start()
+        wait_until(lambda: "1 connections" in repr(ending))
+        assert call(client, "who") == "the first"
+        stopping = threading.Thread(target=ending.stop, args=(10.0,))
+        stopping.start()
+        wait_until(lambda: not path.exists())
+        with served({"who": lambda call: "the next"}, str(path)):
+            assert call(client, "who") == "the next"
+        may_end.set()
+        working.join()
+        stopping.join()
+
+
 def test_socket_of_a_killed_service_is_replaced(tmp_path):
     path = str(tmp_path / "sock")
     left = socket.socket(socket.AF_UNIX)

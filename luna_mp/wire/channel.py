@@ -33,6 +33,7 @@ HEADER = struct.Struct("!IQ")
 MAX_PICKLED = 64 << 20  # bytes; a prompt of ten thousand words takes a tenth of one MiB
 INLINE_BELOW = 32 << 10  # bytes; smaller tensors cost less beside the message than in a segment
 AT_ONCE = 16 << 10  # bytes; a socket that can be written to at all has room for more
+TURNED_AWAY = "turned away"  # the one key of a message that stands for a closed connection
 MESSAGE_SECONDS = 60.0  # for more of a message to arrive once its first byte has
 
 
@@ -128,6 +129,10 @@ class Channel:
         packed.complete()
         self.send_packed(packed, deadline)
 
+    def turn_away(self, why: str, deadline: Deadline) -> None:
+        """Tell the peer that its message is as good as never read; its `recv` says `NeverRead`."""
+        self.send({TURNED_AWAY: why}, deadline)
+
     def recv(self, deadline: Deadline, to_host: bool = False) -> dict[str, Any]:
         """Receive one message, with its tensors in the memory of the host if `to_host`.
 
@@ -154,6 +159,8 @@ class Channel:
             body.close()
         if body.left or not isinstance(message, dict):
             raise Rejected(f"a message from {self.stream.peer} is malformed")
+        if TURNED_AWAY in message:
+            raise NeverRead(f"{self.stream.peer}: {message[TURNED_AWAY]}")
         return message
 
     def close(self) -> None:

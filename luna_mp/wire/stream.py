@@ -246,8 +246,15 @@ class Stream:
 
     def wake(self) -> None:
         """End, from another thread, whatever the owner waits for on this stream."""
+        self._shut(socket.SHUT_RDWR)
+
+    def end_input(self) -> None:
+        """Likewise, but what has come can still be read, and be answered."""
+        self._shut(socket.SHUT_RD)
+
+    def _shut(self, how: int) -> None:
         try:
-            self._sock.shutdown(socket.SHUT_RDWR)
+            self._sock.shutdown(how)
         except OSError:
             pass  # it is closed or was never connected, so nobody waits on it
 
