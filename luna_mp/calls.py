@@ -24,6 +24,7 @@ __all__ = ("Call", "Calls", "Exposed", "OnFault")
 IDLE_SECONDS = 3600.0  # a client that needs a connection again opens one in a millisecond
 SEND_SECONDS = 60.0  # for a client to take more of its reply
 REFUSAL_SECONDS = 5.0
+AWAY_SECONDS = 0.5  # there is room for so few bytes, unless the client never reads
 MAX_CALL_SECONDS = 24 * 3600.0
 WORK_SECONDS = 5e-3  # between two looks at whether the GPU is done, after the reply has left
 WORK_SPIN = 100e-6  # seconds before that of looking awake: next to no work is done by then
@@ -146,7 +147,7 @@ class Calls:
 
     def turn_away(self) -> None:
         """Say of a request that it is not run: the service ends, and the next one may take it."""
-        deadline = Deadline(REFUSAL_SECONDS, "a refusal")
+        deadline = Deadline(AWAY_SECONDS, "a refusal")
         self._channel.turn_away(f"the {self._name} service is ending", deadline)
 
     def _answer(self, request: dict[str, Any]) -> None:

@@ -117,10 +117,12 @@ class Endpoint:
                 if type(exc) in met:
                     raise
                 met.append(type(exc))
-                # Else the service was ending as the call came in; the next try waits for another.
                 if isinstance(exc, CarrierFailed):
                     logger.warning("%s: %s; tensors go by shared memory now", self.role, exc)
-                    self._avoid(str(exc))
+                    with self._lock:
+                        self._avoided = str(exc)
+                # Else the service was ending as the call came in; the next try waits for another.
+                self._close_idle()
 
     def open(self, deadline: Deadline) -> None:
         """Make sure that the service answers. Raises `LunaError`."""
@@ -133,9 +135,7 @@ class Endpoint:
     def close(self) -> None:
         with self._lock:
             self._is_closed = True
-            idle, self._idle = self._idle, []
-        for channel in idle:
-            channel.close()
+        self._close_idle()
         self._closing.set()
         if self._watcher.ident is not None:
             self._watcher.join()
@@ -149,10 +149,8 @@ class Endpoint:
             for channel in gone:
                 channel.close()
 
-    def _avoid(self, reason: str) -> None:
-        """Share the GPU no more; connections that do are closed."""
+    def _close_idle(self) -> None:
         with self._lock:
-            self._avoided = reason
             idle, self._idle = self._idle, []
         for channel in idle:
             channel.close()

@@ -174,6 +174,8 @@ class Server(managers.Server):
             target=self._handle, args=(accepted,), name=f"{self.name} connection", daemon=True
         )
         with self._idle:
+            if self._stop.is_set():
+                return accepted.close()
             full = len(self._threads) >= MAX_CONNECTIONS or self._handshakes >= MAX_HANDSHAKES
             if not full:
                 self._threads[thread] = accepted

@@ -100,6 +100,8 @@ class Service:
         """End both servers; calls under way get `grace` seconds. Whether all threads have ended."""
         end = time.monotonic() + grace
         runtime.remove_record(self._directory, self._config.role, self._port)
+        for server in self._servers:
+            server.admit_nobody()
         have_ended = [server.stop(max(end - time.monotonic(), 0.0)) for server in self._servers]
         for thread in self._threads:
             thread.join()

@@ -247,15 +247,30 @@ def test_client_finds_a_server_that_came_back(tmp_path):
             assert call(client, "echo", 2)[0] == 2
 
 
+def two_at_once(client, method):
+    threads = [threading.Thread(target=call, args=(client, method)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
 def test_call_that_comes_while_a_service_ends_goes_to_the_next(tmp_path):
     path = tmp_path / "sock"
     may_end = threading.Event()
-    first = {"work": lambda call: may_end.wait(10.0), "who": lambda call: "the first"}
+    both = threading.Barrier(2, timeout=10.0)
+    first = {
+        "work": lambda call: may_end.wait(10.0),
+        "meet": lambda call: both.wait() and None,
+        "who": lambda call: "the first",
+    }
     with served(first, str(path)) as ending, endpoint(ending) as client:
         working = threading.Thread(target=call, args=(client, "work"))
         working.start()
         wait_until(lambda: "1 connections" in repr(ending))
+        two_at_once(client, "meet")
         assert call(client, "who") == "the first"
+        assert "2 idle" in repr(client)
         stopping = threading.Thread(target=ending.stop, args=(10.0,))
         stopping.start()
         wait_until(lambda: not path.exists())

@@ -116,7 +116,10 @@ class Stream:
             self._ahead = self._ahead[ahead:]
             view = view[ahead:]
         while view.nbytes:
-            view = view[self._wait_for(self._sock.recv_into, (view,), deadline) :]
+            try:
+                view = view[self._wait_for(self._sock.recv_into, (view,), deadline) :]
+            except NeverRead as exc:
+                raise Broken(f"{self.peer} ended in the middle of a message") from exc
             deadline.progress()
 
     def recv_header(self, size: int, deadline: Deadline) -> bytes:
@@ -131,12 +134,18 @@ class Stream:
                     self._recv_with_fds, (self._buffer[have:],), deadline, self._spin, self._doze
                 )
             except Broken as exc:
-                # By TCP, what is sent to a peer that has just closed is refused after its end came.
-                if have or self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) not in REFUSED:
-                    raise
-                raise NeverRead(f"{self.peer} had closed before the message came") from exc
+                raise self._ended(exc, have) from exc
         self._ahead = self._buffer[size:have]
         return bytes(self._buffer[:size])
+
+    def _ended(self, exc: Broken, have: int) -> Broken:
+        """What the end of the peer says of the last message, `have` bytes after that was sent."""
+        if have:
+            return Broken(f"{self.peer} ended in the middle of a message")
+        # By TCP, what is sent to a peer that has just closed is refused after its end came.
+        if self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) in REFUSED:
+            return NeverRead(f"{self.peer} had closed before the message came")
+        return exc
 
     def _wait_for(
         self,

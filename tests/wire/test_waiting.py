@@ -166,6 +166,18 @@ def test_what_is_sent_by_tcp_right_after_the_peer_closed_was_never_read():
             left.recv(soon())
 
 
+@pytest.mark.parametrize("reply", [b"\0", HEADER.pack(100, 0) + b"\0"], ids=["header", "message"])
+def test_what_was_answered_in_part_was_read(tmp_path, reply):
+    path = str(tmp_path / "sock")
+    with listen(path) as listener, Channel(connect(path, soon()), LIMIT) as left:
+        peer, _ = listener.accept()
+        left.send({"value": 1}, soon())
+        peer.send(reply)
+        peer.close()  # with the request unread, which the system tells as a reset
+        with pytest.raises(Broken, match="in the middle"):
+            left.recv(soon())
+
+
 def test_what_cannot_be_sent_is_given_back(ends):
     left, right, carrier = ends
     right.close()
