@@ -58,7 +58,7 @@ class Endpoint:
         #: why the GPU is not shared any more, after that failed in mid-life
         self._avoided = ""
         self._lock = threading.Lock()
-        # Of C, where a semaphore is of Python.
+        # Not a semaphore, which is slower, and which an interrupt can leave locked.
         self._slots: SimpleQueue[None] = SimpleQueue()
         for _ in range(MAX_CONNECTIONS):
             self._slots.put(None)

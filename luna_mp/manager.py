@@ -252,9 +252,10 @@ class Server(managers.Server):
     def _begins(self, thread: threading.Thread) -> bool:
         """Note that it is busy, unless this ends; what is noted is given its grace."""
         with self._idle:
-            if not self._stop.is_set():
-                self._busy.add(thread)
-            return thread in self._busy
+            if self._stop.is_set():
+                return False
+            self._busy.add(thread)
+            return True
 
 
 class Manager(managers.BaseManager):

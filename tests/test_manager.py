@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import struct
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict
 
@@ -247,14 +248,6 @@ def test_client_finds_a_server_that_came_back(tmp_path):
             assert call(client, "echo", 2)[0] == 2
 
 
-def two_at_once(client, method):
-    threads = [threading.Thread(target=call, args=(client, method)) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-
-
 def test_call_that_comes_while_a_service_ends_goes_to_the_next(tmp_path):
     path = tmp_path / "sock"
     may_end = threading.Event()
@@ -268,7 +261,8 @@ def test_call_that_comes_while_a_service_ends_goes_to_the_next(tmp_path):
         working = threading.Thread(target=call, args=(client, "work"))
         working.start()
         wait_until(lambda: "1 connections" in repr(ending))
-        two_at_once(client, "meet")
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda _: call(client, "meet"), range(2)))
         assert call(client, "who") == "the first"
         assert "2 idle" in repr(client)
         stopping = threading.Thread(target=ending.stop, args=(10.0,))

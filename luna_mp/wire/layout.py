@@ -64,8 +64,8 @@ def layout_of(
 
 def _layout(dtype: str, shape: tuple[int, ...], stride: tuple[int, ...], is_packed: bool) -> Layout:
     itemsize = DTYPES[dtype].itemsize
-    span = 1 + sum([(n - 1) * step for n, step in zip(shape, stride, strict=True)])
-    span = 0 if 0 in shape else span
+    reach = sum([(n - 1) * step for n, step in zip(shape, stride, strict=True)])
+    span = 0 if 0 in shape else 1 + reach
     size = math.prod(_without_repeats(shape, stride)) if is_packed else span
     numbers = (",".join(map(str, each)) for each in (shape, stride))
     text = ":".join((dtype, *numbers, *((PACKED,) if is_packed else ())))

@@ -119,7 +119,7 @@ class Stream:
             try:
                 view = view[self._wait_for(self._sock.recv_into, (view,), deadline) :]
             except NeverRead as exc:
-                raise Broken(f"{self.peer} ended in the middle of a message") from exc
+                raise self._ended(exc, is_begun=True) from exc
             deadline.progress()
 
     def recv_header(self, size: int, deadline: Deadline) -> bytes:
@@ -134,13 +134,13 @@ class Stream:
                     self._recv_with_fds, (self._buffer[have:],), deadline, self._spin, self._doze
                 )
             except Broken as exc:
-                raise self._ended(exc, have) from exc
+                raise self._ended(exc, is_begun=have > 0) from exc
         self._ahead = self._buffer[size:have]
         return bytes(self._buffer[:size])
 
-    def _ended(self, exc: Broken, have: int) -> Broken:
-        """What the end of the peer says of the last message, `have` bytes after that was sent."""
-        if have:
+    def _ended(self, exc: Broken, is_begun: bool) -> Broken:
+        """What the end of the peer means for the last message; `is_begun`: an answer had begun."""
+        if is_begun:
             return Broken(f"{self.peer} ended in the middle of a message")
         # By TCP, what is sent to a peer that has just closed is refused after its end came.
         if self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) in REFUSED:
