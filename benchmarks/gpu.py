@@ -39,7 +39,7 @@ INPUTS = {
     "1024² image, 12.6 MB": (1, 1024, 1024, 3),
     "2048² image, 50 MB": (1, 2048, 2048, 3),
 }
-ROUNDS = {32: 80, 64: 50, 128: 36, 256: 16}
+ROUNDS = {32: 80, 64: 50, 128: 36, 256: 32}
 CROSSING_ROUNDS = 1000  # some half a second: longer than what else a machine does for a moment
 BY_TORCH = (1 << 20,)  # of float32; five such share a segment of torch's allocator
 WARM_UP = 2  # rounds
