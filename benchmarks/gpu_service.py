@@ -64,8 +64,12 @@ class Measured:
         return floors
 
     def in_process(self, call: Any, latent: torch.Tensor, to_host: bool) -> float:
-        """Milliseconds of a decode here, with the copy to pinned memory or without."""
+        """Milliseconds of a decode here, with the copy to pinned memory or without.
+
+        Of a latent in ordinary memory: that which came is pinned, and no caller's own is.
+        """
         with torch.inference_mode():
+            latent = latent.clone()
             torch.cuda.synchronize()
             start = time.perf_counter()
             image = self.vae.decode(latent)
