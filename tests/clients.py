@@ -38,9 +38,10 @@ def decode_many(calls: str) -> None:
 
 
 def decode_slowly() -> None:
-    """One long decode; says when it is about to start."""
+    """One long decode, once it is told to `go`."""
     with luna_mp.connect() as luna:
         say("ready")
+        sys.stdin.readline()
         luna.vae.decode(torch.zeros(3, 4, 64, 64))
 
 
@@ -114,6 +115,15 @@ def client(name: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
             yield process
         finally:
             process.kill()
+
+
+def go(process: subprocess.Popen[str]) -> None:
+    """Let a client that says when it is ready begin, once it does."""
+    assert process.stdout is not None
+    assert process.stdin is not None
+    process.stdout.readline()
+    process.stdin.write("go\n")
+    process.stdin.flush()
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from luna_mp import errors
 from luna_mp.models import ModelSpec, load_clip, load_vae
 from luna_mp.models.demo import demo_folder, demo_image
 from luna_mp.wire.layout import memory_of
-from tests.clients import client
+from tests.clients import client, go
 from tests.helpers import wait_until
 from tests.same import assert_same
 
@@ -188,11 +188,11 @@ def test_a_remote_client_cannot_stop_the_service(services, luna):
 def test_waiting_call_of_a_killed_client_never_runs(services, monkeypatch):
     monkeypatch.setenv("LUNA_MP_RUNTIME_DIR", str(services._config.services[0].runtime_dir))
     with services.connect() as luna, client("decode_slowly") as first:
-        assert first.stdout is not None
-        first.stdout.readline()
-        wait_until(lambda: len(luna.status("vae")["queue"]["line"]) == 1)
-        dropped = luna.status("vae")["queue"]["dropped"]
         with client("decode_slowly") as second:
+            go(first)
+            wait_until(lambda: len(luna.status("vae")["queue"]["line"]) == 1)
+            dropped = luna.status("vae")["queue"]["dropped"]
+            go(second)
             wait_until(lambda: len(luna.status("vae")["queue"]["line"]) == 2)
             second.kill()
             wait_until(lambda: luna.status("vae")["queue"]["dropped"] == dropped + 1)
@@ -203,8 +203,7 @@ def test_waiting_call_of_a_killed_client_never_runs(services, monkeypatch):
 def test_call_that_is_given_up_in_the_queue_never_runs(services, monkeypatch):
     monkeypatch.setenv("LUNA_MP_RUNTIME_DIR", str(services._config.services[0].runtime_dir))
     with services.connect() as luna, client("decode_slowly") as first:
-        assert first.stdout is not None
-        first.stdout.readline()
+        go(first)
         wait_until(lambda: len(luna.status("vae")["queue"]["line"]) == 1)
         dropped = luna.status("vae")["queue"]["dropped"]
         with pytest.raises(errors.TimedOut, match=r"vae.decode took longer than 0.1 s"):

@@ -16,7 +16,7 @@ import torch
 import luna_mp
 from luna_mp.endpoint import Endpoint
 from luna_mp.errors import LunaError, OutOfMemory, Rejected
-from tests.clients import client
+from tests.clients import client, go
 from tests.comfyui import services, vae_makers, vae_services
 from tests.helpers import wait_until
 from tests.same import assert_same
@@ -94,6 +94,7 @@ def busy(serving, service, monkeypatch):
     """The service is at a long call of another process."""
     monkeypatch.setenv("LUNA_MP_RUNTIME_DIR", serving._config.services[0].runtime_dir)
     with client("decode_slowly") as other:
+        go(other)
         wait_until(lambda: len(queue(service)["line"]) == 1, 30.0)
         yield other
     wait_until(lambda: not queue(service)["line"], 60.0)
