@@ -97,7 +97,11 @@ class Endpoint:
         finally:
             self._slots.put(None)
         if "error" in reply:
-            raise revive(reply["kind"], reply["error"], reply["traceback"])
+            error = revive(reply["kind"], reply["error"], reply["traceback"])
+            if deadline.has_passed:
+                # On a busy machine the service may see first that nobody waits any more.
+                raise deadline.error() from error
+            raise error
         return reply["result"]
 
     def _take_slot(self, deadline: Deadline) -> None:

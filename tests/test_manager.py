@@ -186,6 +186,17 @@ def test_call_that_takes_too_long_is_given_up(tmp_path):
         release.set()
 
 
+def test_an_error_that_comes_too_late_is_one_of_time(monkeypatch):
+    def exchange(self, request, deadline):
+        wait_until(lambda: deadline.has_passed)
+        return {"error": "nobody waits for it any more", "kind": "Broken", "traceback": ""}
+
+    monkeypatch.setattr(Endpoint, "_exchange", exchange)
+    with pytest.raises(errors.TimedOut, match=r"vae.echo took longer than 0.1 s") as caught:
+        call(Endpoint("vae", lambda: "nowhere", KEY), "echo", seconds=0.1)
+    assert "nobody waits" in str(caught.value.__cause__)
+
+
 def test_threads_share_one_client(client):
     results = {}
 
