@@ -13,8 +13,8 @@ CHECK_SECONDS = 0.1  # between two questions whether a wait is still wanted
 LONGEST = 1e6  # seconds; more is as good as for ever, and too much for the system's own clocks
 SHORTEST_NAP = 10e-6  # seconds, which Linux makes some 60 µs of
 LONGEST_NAP = 1e-3
-# Of what was waited so far. A quarter of a core goes on naps in the first second, where to wait for
-# a GPU of one's own, as torch does, takes a whole one.
+# Of what was waited so far. Less takes more of a core for the first second; to wait for a GPU of
+# one's own, as torch does, takes a whole one.
 NAP_SHARE = 1 / 16000
 
 

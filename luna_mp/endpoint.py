@@ -98,8 +98,8 @@ class Endpoint:
             self._slots.put(None)
         if "error" in reply:
             error = revive(reply["kind"], reply["error"], reply["traceback"])
-            if deadline.has_passed:
-                # On a busy machine the service may see first that nobody waits any more.
+            if isinstance(error, Broken) and deadline.has_passed:
+                # On a busy machine the service may drop the call before this end sees that.
                 raise deadline.error() from error
             raise error
         return reply["result"]

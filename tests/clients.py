@@ -121,7 +121,7 @@ def go(process: subprocess.Popen[str]) -> None:
     """Let a client that says when it is ready begin, once it does."""
     assert process.stdout is not None
     assert process.stdin is not None
-    process.stdout.readline()
+    assert process.stdout.readline() == "ready\n"
     process.stdin.write("go\n")
     process.stdin.flush()
 
