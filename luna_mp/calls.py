@@ -131,6 +131,8 @@ class Calls:
             # What follows cannot be told from the rest of the bad message.
             self._channel.send(_failure(exc), Deadline(REFUSAL_SECONDS, "a refusal"))
             raise
+        except RuntimeError as exc:  # of what was let go of meanwhile
+            self._see_fault(exc)
 
     def answer(self, request: dict[str, Any]) -> None:
         """Reply to one request. Raises `LunaError` when this was the last one.
@@ -141,9 +143,7 @@ class Calls:
         try:
             self._answer(request)
         except RuntimeError as exc:
-            if not is_gpu_fault(exc):
-                raise
-            self._give_up(exc)
+            self._see_fault(exc)
 
     def turn_away(self) -> None:
         """Say of a request that it is not run: the service ends, and the next one may take it."""
@@ -215,6 +215,11 @@ class Calls:
                 if not self._channel.stream.has_closed:
                     return
                 time.sleep(WORK_SECONDS)
+
+    def _see_fault(self, error: RuntimeError) -> NoReturn:
+        if not is_gpu_fault(error):
+            raise error
+        self._give_up(error)
 
     def _give_up(self, fault: BaseException) -> NoReturn:
         """Tell the service, then the client, that this process can use its GPU no more."""

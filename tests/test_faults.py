@@ -110,6 +110,9 @@ class FaultyBook:
     def wait_for_room(self, owner, deadline):
         raise RuntimeError(GPU_FAULT)
 
+    def collect(self):
+        raise RuntimeError(GPU_FAULT)
+
 
 class FaultyExporter:
     book = FaultyBook()
@@ -153,6 +156,17 @@ def test_a_fault_is_noted_wherever_it_shows_before_the_client_is_told(message, p
     assert [str(fault) for fault in noted] == [GPU_FAULT]
     assert "lost its GPU" in reply["error"]
     assert "illegal memory access" in reply["traceback"]
+
+
+def test_a_fault_that_shows_while_the_next_request_is_awaited_is_noted():
+    noted = []
+    with channels() as (left, right):
+        right.stream.meanwhile = FaultyBook().collect
+        calls = calls_over(right, EXPOSED, Sessions(), FaultyExporter(), noted.append)
+        with pytest.raises(errors.RemoteFailure, match=LOST):
+            calls.next()
+        assert "lost its GPU" in left.recv(soon())["error"]
+    assert [str(fault) for fault in noted] == [GPU_FAULT]
 
 
 class Work:

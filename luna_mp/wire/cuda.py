@@ -27,7 +27,7 @@ import reprlib
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch.multiprocessing import reductions
@@ -131,10 +131,18 @@ class Exporter:
         with self._pool_lock:
             self._pool = self._new_pool()
 
-    def _new_pool(self) -> torch.cuda.MemPool:
+    def _new_pool(self) -> _Pool:
         # It belongs to the current device, which is another one in the thread of the lease book.
         with torch.cuda.device(self.device):
-            return torch.cuda.MemPool()
+            return _Pool()
+
+
+class _Pool(torch.cuda.MemPool):
+    """torch asks for the name three times a use, and to make it takes longer than the rest."""
+
+    @cached_property
+    def id(self) -> tuple[int, int]:
+        return super().id
 
 
 class ExportingCarrier(Carrier):

@@ -11,6 +11,7 @@ from torch.multiprocessing import reductions
 from luna_mp.wire import cuda_runtime, layout
 from luna_mp.wire.carrier import Carrier, CarrierFailed, Incoming, NoRoom, Outgoing, Token
 from luna_mp.wire.cuda import HOST, uuid_of
+from luna_mp.wire.layout import Layout
 from luna_mp.wire.leases import Owner
 from luna_mp.wire.shm import ShmCarrier
 
@@ -45,8 +46,11 @@ class Importer:
         return ImportingCarrier(self._index, service, host)
 
 
+#: a tensor over the service's memory, and what tells whether nothing uses that any more
+Opened = tuple[torch.Tensor, Callable[[], bool]]
+
 # By service and address: what came from it over any connection, to recognise it when it goes back.
-_leased: dict[Owner, dict[int, tuple[int, reductions.StorageWeakRef]]] = {}
+_leased: dict[Owner, dict[int, tuple[int, Callable[[], bool]]]] = {}
 
 
 class ImportingCarrier(Carrier):
@@ -70,8 +74,8 @@ class ImportingCarrier(Carrier):
 
     def pack(self, tensor: torch.Tensor, out: Outgoing) -> Token:
         storage = tensor.untyped_storage()
-        number, alive = self._leased.get(storage.data_ptr(), (0, None))
-        if alive is None or alive.expired():
+        number, is_over = self._leased.get(storage.data_ptr(), (0, None))
+        if is_over is None or is_over():
             self._leased.pop(storage.data_ptr(), None)
             raise NoRoom("this tensor is not the service's")
         if tensor.is_conj() or tensor.is_neg():
@@ -100,21 +104,22 @@ class ImportingCarrier(Carrier):
 
     def _unpack_export(self, token: Token, source: Incoming) -> torch.Tensor:
         """What lies in the service's memory, or a copy of it that is made here."""
-        number, _, *export, event, must_wait, how = token
-        parsed = layout.parse(how, source.limit)
+        number, _, handle, size, offset, counter, slot, event, must_wait, text = token
+        how = layout.parse(text, source.limit)
+        if how.nbytes != size:
+            raise CarrierFailed(f"cuda: a result of {how.nbytes} bytes, exported with {size} bytes")
+        is_as_it_lies = not (source.to_host or how.is_packed)
+        opened_as = how if is_as_it_lies else layout.bytes_of(size)
         # All that can be is done before the wait, while the service's GPU works.
-        run = self._opened(number, *export)
-        target = _host_memory(parsed.nbytes) if source.to_host else None
-        if target is None:
-            self._remember(number, run)
-        result = None
-        if not parsed.is_packed:
-            result = layout.restore(parsed, run if target is None else target)
+        tensor, is_over = self._opened(number, opened_as, handle, offset, counter, slot)
+        if is_as_it_lies:
+            self._remember(number, tensor, is_over)
+        target = _host_memory(size) if source.to_host else None
         if must_wait:
             source.wait(cuda_runtime.is_written(event, self._device))
-        if target is not None:
-            run = target.copy_(run)
-        return layout.restore(parsed, run) if result is None else result
+        if is_as_it_lies:
+            return tensor
+        return layout.restore(how, tensor if target is None else target.copy_(tensor))
 
     def discard(self, token: Token) -> None:
         if token[0] == HOST:
@@ -128,36 +133,36 @@ class ImportingCarrier(Carrier):
         self._mappings.close()
 
     def _opened(
-        self, number: int, handle: bytes, size: int, offset: int, counter: bytes, slot: int
-    ) -> torch.Tensor:
-        """The whole export, uint8 [size], which may be still to be written. Nothing is queued."""
+        self, number: int, how: Layout, handle: bytes, offset: int, counter: bytes, slot: int
+    ) -> Opened:
+        """The whole export, so laid out, which may be still to be written. Nothing is queued."""
         # First: after an interrupt, to let go never is mended when this process ends, and twice is
         # mended by nothing.
         self._opened_last = number
         try:
             if self._by_runtime:
                 segment = self._mappings.segment(handle)
-                return cuda_runtime.over(segment, size, offset, counter, slot, self._device)
-            return self._rebuilt(handle, size, offset, counter, slot)
+                return cuda_runtime.over(segment, offset, how, counter, slot, self._device)
+            return self._rebuilt(how, handle, offset, counter, slot)
         except RuntimeError:
             self._opened_last = 0
             raise
 
     def _rebuilt(
-        self, handle: bytes, size: int, offset: int, counter: bytes, slot: int
-    ) -> torch.Tensor:
+        self, how: Layout, handle: bytes, offset: int, counter: bytes, slot: int
+    ) -> Opened:
         """By torch's own import."""
         with torch.cuda.device(self._device):
             run: torch.Tensor = reductions.rebuild_cuda_tensor(
                 torch.Tensor,
-                torch.Size((size,)),
+                torch.Size((how.nbytes,)),
                 (1,),
                 0,
                 torch.storage.TypedStorage,
                 torch.uint8,
                 self._device.index,
                 handle,
-                size,
+                how.nbytes,
                 offset,
                 False,
                 counter,
@@ -165,15 +170,14 @@ class ImportingCarrier(Carrier):
                 b"",
                 False,  # not to wait for the event on this process's stream
             )
-        return run
+        return layout.restore(how, run), reductions.StorageWeakRef(run.untyped_storage()).expired
 
-    def _remember(self, number: int, run: torch.Tensor) -> None:
+    def _remember(self, number: int, tensor: torch.Tensor, is_over: Callable[[], bool]) -> None:
         if len(self._leased) > MAX_REMEMBERED:
-            for at, (_, alive) in list(self._leased.items()):
-                if alive.expired():
+            for at, (_, is_dropped) in list(self._leased.items()):
+                if is_dropped():
                     self._leased.pop(at, None)
-        storage = run.untyped_storage()
-        self._leased[storage.data_ptr()] = (number, reductions.StorageWeakRef(storage))
+        self._leased[tensor.data_ptr()] = (number, is_over)
 
 
 def _host_memory(nbytes: int) -> torch.Tensor:

@@ -13,12 +13,16 @@ from typing import Any
 
 import torch
 
+from luna_mp.wire.layout import DTYPES, Layout
 from luna_mp.wire.loans import when_over
 
 __all__ = ("Mappings", "Segment", "is_there", "is_written", "over", "release", "require")
 
 HANDLE_BYTES = 64  # of cudaIpcMemHandle_t
 PLAIN_HANDLE = b"c"  # torch's mark for memory of cudaMalloc, before the handle's own bytes
+# Of the interface by which torch takes foreign memory; what it has no name for goes by its size.
+FLOATS = {"float16": "<f2", "float32": "<f4", "float64": "<f8"}
+BY_SIZE = {1: "|u1", 2: "<i2", 4: "<i4", 8: "<i8", 16: "<c16"}
 MAX_MAPPINGS = 64  # segments of the service that a client keeps open between calls
 
 
@@ -61,27 +65,31 @@ def is_there() -> bool:
 
 
 def over(
-    segment: Segment, size: int, offset: int, counter: bytes, slot: int, device: torch.device
-) -> torch.Tensor:
-    """What `rebuild_cuda_tensor` does, without torch's allocator: uint8 [size] on `device`.
+    segment: Segment, offset: int, how: Layout, counter: bytes, slot: int, device: torch.device
+) -> tuple[torch.Tensor, Callable[[], bool]]:
+    """What `rebuild_cuda_tensor` does, without torch's allocator: a tensor so laid out on `device`.
 
-    It queues nothing; use it once what the service writes there is done. Raises `RuntimeError`.
+    With it comes what tells whether nothing uses its memory any more. It queues nothing; use it
+    once what the service writes there is done. Raises `RuntimeError`.
     """
-    owner = _Foreign(segment.base + offset, size)
-    run = torch.as_tensor(owner, device=device)
-    when_over(owner, partial(_let_go, segment, counter, slot, device))
-    return run
+    owner = _Foreign(segment.base + offset, how)
+    tensor = torch.as_tensor(owner, device=device)
+    is_over = when_over(owner, partial(_let_go, segment, counter, slot, device))
+    return tensor if how.dtype in FLOATS else tensor.view(DTYPES[how.dtype]), is_over
 
 
 class _Foreign:
-    """Memory that torch did not allocate, in the form in which torch takes it."""
+    """Memory that torch did not allocate, in the form in which torch takes it.
 
-    def __init__(self, address: int, size: int) -> None:
+    https://numba.readthedocs.io/en/stable/cuda/cuda_array_interface.html
+    """
+
+    def __init__(self, address: int, how: Layout) -> None:
         self.__cuda_array_interface__ = {
             "data": (address, False),
-            "shape": (size,),
-            "typestr": "|u1",
-            "strides": None,
+            "shape": how.shape,
+            "typestr": FLOATS.get(how.dtype) or BY_SIZE[how.itemsize],
+            "strides": tuple([step * how.itemsize for step in how.stride]),
             "version": 3,
         }
 

@@ -16,7 +16,17 @@ import torch
 
 from luna_mp.errors import Rejected, Unsendable
 
-__all__ = ("Layout", "describe", "layout_of", "memory_of", "parse", "restore", "run_of")
+__all__ = (
+    "DTYPES",
+    "Layout",
+    "bytes_of",
+    "describe",
+    "layout_of",
+    "memory_of",
+    "parse",
+    "restore",
+    "run_of",
+)
 
 MAX_DIMS = 64  # torch's own limit
 MAX_NUMBER = 1 << 62  # likewise, of an element, with room to add
@@ -95,6 +105,11 @@ def run_of(layout: Layout, tensor: torch.Tensor) -> torch.Tensor:
     """The run as a tensor: uint8 [layout.nbytes], a view of what `describe` gave."""
     size = layout.nbytes // layout.itemsize
     return tensor.detach().as_strided((size,), (1,), tensor.storage_offset()).view(torch.uint8)
+
+
+def bytes_of(size: int) -> Layout:
+    """Of a run of that many bytes as it lies in memory: uint8 [size]."""
+    return layout_of(torch.uint8, (size,), (1,))
 
 
 def restore(layout: Layout, run: torch.Tensor) -> torch.Tensor:

@@ -15,13 +15,15 @@ _open: dict[int, Loan] = {}
 _of_parent: list[Loan] = []
 
 
-def when_over(memory: object, step: Callable[[], object]) -> None:
+def when_over(memory: object, step: Callable[[], object]) -> Callable[[], bool]:
     """Call `step` once nothing refers to `memory`, and keep till then what `step` refers to.
 
-    For each result of a service: `weakref.finalize` takes several times as long.
+    Returns what tells whether that has come. For each result of a service: `weakref.finalize` takes
+    several times as long.
     """
     loan = weakref.ref(memory, _close)
     _open[id(loan)] = (loan, step)
+    return lambda: loan() is None
 
 
 def _close(loan: weakref.ref[object]) -> None:

@@ -185,6 +185,8 @@ class Answerer:
 
     def _challenge(self, host: shm.ShmCarrier) -> torch.Tensor:
         self._channel.use(self._exporter.carrier(self._owner, host))
+        # What a client drops before its next call takes as long to free as that call to arrive.
+        self._channel.stream.meanwhile = self._exporter.book.collect
         self._secret = torch.randint(0, 256, (PROBE_BYTES,), dtype=torch.uint8)
         return self._secret.to(self._exporter.device)
 

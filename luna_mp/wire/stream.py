@@ -69,6 +69,8 @@ class Stream:
         self._sock = sock
         self._spin = spin
         self._doze = doze
+        #: done over and over by a thread that waits awake for a header: a matter of microseconds
+        self.meanwhile: Callable[[], object] | None = None
         self.peer = peer
         self.is_local = sock.family == getattr(socket, "AF_UNIX", None)
         self._fds: list[int] = []
@@ -163,6 +165,8 @@ class Stream:
             except (BlockingIOError, InterruptedError):
                 waited = time.perf_counter() - start
                 if spin and waited < spin:
+                    if self.meanwhile is not None:
+                        self.meanwhile()
                     continue
                 if waited < spin + doze:
                     deadline.pause()

@@ -22,6 +22,8 @@ class Worker(Generic[M]):
     def __init__(self, library: Library[M]) -> None:
         self.library = library
         self.flight = SingleFlight()
+        #: for whoever has the turn: to make one takes longer than to enter it
+        self.inference = torch.inference_mode()
 
     @property
     def device(self) -> torch.device:
@@ -76,13 +78,12 @@ class _Turn:
     def __init__(self, worker: Worker[Any], call: Call) -> None:
         self._worker = worker
         self._call = call
-        self._inference = torch.inference_mode()
 
     def __enter__(self) -> None:
         if self._worker.stream is not None:
             torch.cuda.set_device(self._worker.device)
         self._ticket = self._worker.flight.enter(self._call)
-        self._inference.__enter__()
+        self._worker.inference.__enter__()
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         try:
@@ -91,5 +92,5 @@ class _Turn:
                 # Before the next in line queues its own: this work alone is waited for.
                 self._call.after = self._worker.stream.record_event()
         finally:
-            self._inference.__exit__(kind, error, trace)
+            self._worker.inference.__exit__(kind, error, trace)
             self._worker.flight.leave(self._ticket)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import nullcontext
 
 import torch
@@ -43,16 +44,22 @@ class ServiceEndThatCannotExport(ServiceEnd):
 
 
 class FakeBook:
+    def __init__(self):
+        self.collected = threading.Event()
+
     def wait_for_room(self, owner, deadline):
         pass
+
+    def collect(self):
+        self.collected.set()
 
 
 class FakeExporter:
     device = torch.device("cpu")
-    book = FakeBook()
 
     def __init__(self, gpu, end=ServiceEnd, uuid=UUID):
         self.uuid = uuid
+        self.book = FakeBook()
         self._gpu = gpu
         self._end = end
 

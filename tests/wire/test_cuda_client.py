@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from luna_mp.errors import Rejected, TimedOut
-from luna_mp.wire import codec, cuda_runtime
+from luna_mp.wire import codec, cuda_runtime, layout
 from luna_mp.wire.carrier import CarrierFailed
 from luna_mp.wire.cuda import HOST
 from luna_mp.wire.cuda_client import ImportingCarrier
@@ -39,15 +39,15 @@ class Runtime:
     def close(self):
         pass
 
-    def over(self, segment, size, offset, counter, slot, device):
+    def over(self, segment, offset, how, counter, slot, device):
         if slot == 2 and self.before:
             raise self.before
-        memory = (ctypes.c_ubyte * size)()
+        memory = (ctypes.c_ubyte * how.nbytes)()
         run = torch.frombuffer(memory, dtype=torch.uint8)
-        weakref.finalize(memory, self.release, counter, slot)
+        is_released = weakref.finalize(memory, self.release, counter, slot)
         if slot == 2 and self.after:
             raise self.after
-        return run
+        return layout.restore(how, run), lambda: not is_released.alive
 
     def release(self, counter, slot):
         self.released[slot] += 1

@@ -116,6 +116,13 @@ def test_a_gpu_that_both_ends_read_and_write_is_used(client, gpu):
     assert len(gpu.exported) == before + 2
 
 
+def test_what_clients_drop_is_taken_back_while_their_next_call_is_awaited(gpu, importer, address):
+    exporter = FakeExporter(gpu)
+    with connected(Service(), exporter, importer, address) as (_, client):
+        call(client, "numbers")
+        assert exporter.book.collected.wait(5.0)
+
+
 @pytest.mark.parametrize(
     ("uuid", "ends", "importer_class", "reason"),
     [
