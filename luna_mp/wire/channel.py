@@ -147,7 +147,9 @@ class Channel:
             raise
         pickled_size, inline_size = HEADER.unpack(header)
         self._check_size(pickled_size, inline_size)
-        arrival = Patience(MESSAGE_SECONDS, self._more, deadline.pause)
+        arrival = deadline
+        if pickled_size + inline_size > self.stream.ahead:
+            arrival = Patience(MESSAGE_SECONDS, self._more, deadline.pause)
         pickled = bytearray(pickled_size)
         self.stream.recv_into(pickled, arrival)
         body = _Body(self.stream, inline_size, deadline, arrival, self.max_message, to_host)

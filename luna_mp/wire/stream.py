@@ -208,6 +208,11 @@ class Stream:
             raise OSError(f"more than {MAX_FDS} descriptors came with one message")
         return count
 
+    @property
+    def ahead(self) -> int:
+        """Bytes that have come already, and are read without a wait."""
+        return len(self._ahead)
+
     def take_fds(self) -> list[int]:
         """Descriptors that came since the last call; the caller owns and closes them."""
         fds, self._fds = self._fds, []

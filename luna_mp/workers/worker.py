@@ -80,8 +80,8 @@ class _Turn:
         self._call = call
 
     def __enter__(self) -> None:
-        if self._worker.stream is not None:
-            torch.cuda.set_device(self._worker.device)
+        if (stream := self._worker.stream) is not None:
+            torch.cuda.set_device(stream.device_index)
         self._ticket = self._worker.flight.enter(self._call)
         self._worker.inference.__enter__()
 
