@@ -171,7 +171,7 @@ class Calls:
             self._sessions.count(self._session, failed="error" in packed.message)
         try:
             if call is None or not call.is_answered:
-                self._send(packed)
+                self._channel.send_packed(packed, Patience(SEND_SECONDS, self._taking))
             elif call.lost is not None:
                 raise call.lost
         finally:
@@ -182,22 +182,17 @@ class Calls:
             result = self._exposed[call.method](call, *args, **kwargs)
             packed = self._channel.pack({"result": result}, to_host=call.to_host)
             # Before the turn is over, the end of which takes longer than this.
-            if self._channel.takes_at_once(packed):
-                self._answer_early(call, packed)
+            self._answer_early(call, packed)
         if not call.is_answered:
             packed.complete()
         return packed
 
     def _answer_early(self, call: Call, packed: Packed) -> None:
-        call.is_answered = True
         try:
-            self._send(packed)
+            call.is_answered = self._channel.send_at_once(packed, call.deadline)
         except LunaError as exc:
             # The turn ends as that of any other call.
-            call.lost = exc
-
-    def _send(self, packed: Packed) -> None:
-        self._channel.send_packed(packed, Patience(SEND_SECONDS, self._taking))
+            call.is_answered, call.lost = True, exc
 
     def _see_to_the_end(self, after: Fence | None) -> None:
         """Return when the GPU is done, or the client has another request.

@@ -107,12 +107,13 @@ def test_error_in_the_turn_is_told_once(connection):
 
 def test_client_that_goes_as_it_is_answered_is_sent_nothing_more(connection, monkeypatch):
     stream = type(connection.service.stream)
+    send_at_once = stream.send_at_once
 
-    def goes(self):
+    def goes(self, data, deadline):
         connection.client.close()
-        return True
+        return send_at_once(self, data, deadline)
 
-    monkeypatch.setattr(stream, "is_writable", property(goes))
+    monkeypatch.setattr(stream, "send_at_once", goes)
     turn = Turn(connection.client)
     with pytest.raises(errors.Broken, match="before it read the message"):
         connection.answer(turn, "small")

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 HEADER = struct.Struct("!IQ")
 MAX_PICKLED = 64 << 20  # bytes; a prompt of ten thousand words takes a tenth of one MiB
 INLINE_BELOW = 32 << 10  # bytes; smaller tensors cost less beside the message than in a segment
-AT_ONCE = 16 << 10  # bytes; a socket that can be written to at all has room for more
+AT_ONCE = 16 << 10  # bytes; a socket has room for all of it, or its peer does not read
 TURNED_AWAY = "turned away"  # the one key of a message that stands for a closed connection
 MESSAGE_SECONDS = 60.0  # for more of a message to arrive once its first byte has
 
@@ -95,29 +95,36 @@ class Channel:
         """
         out = Outgoing(is_leaving, to_host)
         try:
-            pickled = codec.dumps(message, lambda tensor: self._pack(tensor, out))
-            inline_size = sum([part.nbytes for part in out.parts])
-            self._check_size(pickled.nbytes, inline_size)
+            data = codec.dumps(message, lambda tensor: self._pack(tensor, out), HEADER.size)
+            sizes = (data.nbytes - HEADER.size, sum([part.nbytes for part in out.parts]))
+            self._check_size(*sizes)
+            HEADER.pack_into(data, 0, *sizes)
         except BaseException:  # also an interrupt leaves nothing taken
             out.take_back()
             raise
-        return Packed(message, HEADER.pack(pickled.nbytes, inline_size), pickled, out)
+        return Packed(message, data, out)
 
-    def takes_at_once(self, packed: Packed) -> bool:
-        """Whether the whole message can leave now, with nothing to wait for or to settle first."""
+    def send_at_once(self, packed: Packed, deadline: Deadline) -> bool:
+        """Send a message if it can leave now, with nothing to wait for or to settle first."""
         out = packed.out
-        return (
-            not (out.before or out.parts)
-            and packed.pickled.nbytes <= AT_ONCE
-            and not any(carrier.is_in_use for carrier in self._order)
-            and self.stream.is_writable
-        )
+        if out.before or out.parts or out.fds or packed.data.nbytes > AT_ONCE:
+            return False
+        if any(carrier.is_in_use for carrier in self._order):
+            return False
+        try:
+            is_sent = self.stream.send_at_once(packed.data, deadline)
+        except BaseException:  # also an interrupt leaves nothing taken
+            out.take_back()
+            raise
+        if is_sent:
+            self._sent = out.undo
+        return is_sent
 
     def send_packed(self, packed: Packed, deadline: Deadline) -> None:
         """Send a completed message; it is sent, or never, before the next is packed."""
         out = packed.out
         try:
-            self.stream.send([packed.header, packed.pickled, *out.parts], deadline, out.fds)
+            self.stream.send([packed.data, *out.parts], deadline, out.fds)
         except BaseException:  # also an interrupt leaves nothing taken
             out.take_back()
             raise
@@ -214,8 +221,8 @@ class Packed(NamedTuple):
     """A message that can be sent once it is complete."""
 
     message: Mapping[str, Any]
-    header: bytes
-    pickled: memoryview
+    #: the header and the pickled part
+    data: memoryview
     out: Outgoing
 
     def complete(self) -> None:

@@ -44,38 +44,37 @@ class _Foreign(Exception):
     """Raised with an object that cannot be sent, and why."""
 
 
+# Of these two each message needs one; a constructor in Python would double what that takes.
+
+
 class _Pickler(pickle.Pickler):
-    def __init__(self, file: io.BytesIO, pack: Callable[[torch.Tensor], object]) -> None:
-        super().__init__(file, protocol=5)
-        self._pack = pack
-        self._packed: dict[int, object] = {}
+    pack: Callable[[torch.Tensor], object]
+    packed: dict[int, object]
 
     def persistent_id(self, obj: Any) -> object:
         if type(obj) in _PLAIN or not isinstance(obj, torch.Tensor):
             return None
         # One tensor in two places crosses once, and is one tensor again on the other side.
         key = id(obj)
-        if key not in self._packed:
+        if key not in self.packed:
             try:
-                self._packed[key] = (len(self._packed), self._pack(obj))
+                self.packed[key] = (len(self.packed), self.pack(obj))
             except Unsendable as exc:
                 raise _Foreign(obj, str(exc)) from exc
-        return self._packed[key]
+        return self.packed[key]
 
     def reducer_override(self, obj: Any) -> NoReturn:
         raise _Foreign(obj, f"{type(obj).__name__}: only data and tensors can be sent")
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, unpack: Callable[[Any], torch.Tensor]) -> None:
-        super().__init__(file)
-        self._unpack = unpack
-        self.unpacked: list[torch.Tensor] = []
+    unpack: Callable[[Any], torch.Tensor]
+    unpacked: list[torch.Tensor]
 
     def persistent_load(self, pid: Any) -> torch.Tensor:
         index, token = pid
         if index == len(self.unpacked):
-            self.unpacked.append(self._unpack(token))
+            self.unpacked.append(self.unpack(token))
         tensor: torch.Tensor = self.unpacked[index]
         return tensor
 
@@ -83,14 +82,19 @@ class _Unpickler(pickle.Unpickler):
         raise Rejected(f"a message names the object {module}.{name}: only data may cross")
 
 
-def dumps(message: Mapping[str, Any], pack: Callable[[torch.Tensor], object]) -> memoryview:
-    """Pickle a message; `pack` gives each tensor's token.
+def dumps(
+    message: Mapping[str, Any], pack: Callable[[torch.Tensor], object], room: int = 0
+) -> memoryview:
+    """Pickle a message behind `room` bytes of zeros; `pack` gives each tensor's token.
 
     Raises `Unsendable` with the path to the first value that is not data.
     """
     file = io.BytesIO()
+    file.write(bytes(room))
+    writer = _Pickler(file, 5)
+    writer.pack, writer.packed = pack, {}
     try:
-        _Pickler(file, pack).dump(message)
+        writer.dump(message)
     except RecursionError as exc:
         raise Unsendable("a value is nested too deeply to be sent") from exc
     except _Foreign as exc:
@@ -108,7 +112,7 @@ def loads(
 
     When it cannot be read to its end, `discard` is told of each token that was not unpacked.
     """
-    reader = _Unpickler(io.BytesIO(payload), unpack)
+    reader = _reader(payload, unpack)
     try:
         return reader.load()
     except BaseException as exc:
@@ -119,6 +123,12 @@ def loads(
         if isinstance(exc, _GARBAGE):
             raise Rejected(f"a message of {len(payload)} bytes is not data: {exc}") from exc
         raise
+
+
+def _reader(payload: bytes | bytearray, unpack: Callable[[Any], torch.Tensor]) -> _Unpickler:
+    reader = _Unpickler(io.BytesIO(payload))
+    reader.unpack, reader.unpacked = unpack, []
+    return reader
 
 
 def _forget(error: BaseException) -> None:
@@ -138,7 +148,7 @@ def _discard_from(first: int, payload: bytes | bytearray, discard: Callable[[Any
 
     # What cannot be read was the first error, which is on its way to the caller.
     with suppress(LunaError, *_GARBAGE):
-        _Unpickler(io.BytesIO(payload), skip).load()
+        _reader(payload, skip).load()
 
 
 def _path_to(culprit: object, message: Mapping[str, Any]) -> str:

@@ -23,6 +23,7 @@ __all__ = (
     "describe",
     "layout_of",
     "memory_of",
+    "over",
     "parse",
     "restore",
     "run_of",
@@ -110,6 +111,14 @@ def run_of(layout: Layout, tensor: torch.Tensor) -> torch.Tensor:
 def bytes_of(size: int) -> Layout:
     """Of a run of that many bytes as it lies in memory: uint8 [size]."""
     return layout_of(torch.uint8, (size,), (1,))
+
+
+def over(layout: Layout, memory: memoryview) -> torch.Tensor:
+    """The tensor again, over a run of the host, which it keeps; if packed, over fresh memory."""
+    if layout.is_packed:
+        return restore(layout, torch.frombuffer(memory, dtype=torch.uint8))
+    values = torch.frombuffer(memory, dtype=DTYPES[layout.dtype], count=layout.span)
+    return values.as_strided(layout.shape, layout.stride)
 
 
 def restore(layout: Layout, run: torch.Tensor) -> torch.Tensor:

@@ -115,7 +115,7 @@ class ShmCarrier(Carrier):
             segment = self._theirs[number] = _attach(capacity, source, self._pin_received)
         if parsed.nbytes > segment.capacity:
             raise Rejected(f"{parsed.nbytes} bytes in a segment of {segment.capacity} bytes")
-        return layout.restore(parsed, segment.lend(parsed.nbytes))
+        return segment.lend(parsed)
 
     def close(self) -> None:
         self._mine.clear()
@@ -191,14 +191,14 @@ class _Segment:
             return torch.empty(0, dtype=torch.uint8)
         return torch.frombuffer(self._memory, dtype=torch.uint8, count=nbytes, offset=HEADER)
 
-    def lend(self, nbytes: int) -> torch.Tensor:
-        """Like `run`, and the state is cleared once no tensor uses this memory any more."""
-        if not nbytes:
+    def lend(self, how: layout.Layout) -> torch.Tensor:
+        """A tensor over the run; the state is cleared once nothing uses its memory any more."""
+        if not how.nbytes:
             self.set_state(FREE)
-            return self.run(0)
-        loan = memoryview(self._memory)[HEADER : HEADER + nbytes]
+            return layout.restore(how, self.run(0))
+        loan = memoryview(self._memory)[HEADER : HEADER + how.nbytes]
         when_over(loan, partial(self.set_state, FREE))
-        return torch.frombuffer(loan, dtype=torch.uint8)
+        return layout.over(how, loan)
 
 
 class _Descriptor:

@@ -99,7 +99,7 @@ class Stream:
     def send(self, parts: Sequence[Buffer], deadline: Deadline, fds: Sequence[int] = ()) -> None:
         """Send all parts, of bytes, in order; `fds` travel with the first (Unix sockets only)."""
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-        left = [part for part in parts if len(part)]
+        left = list(parts)
         while left:
             sent = self._wait_for(self._send, (left, ancillary), deadline)
             deadline.progress()
@@ -108,6 +108,18 @@ class Stream:
                 sent -= len(left.pop(0))
             if sent:
                 left[0] = memoryview(left[0])[sent:]
+
+    def send_at_once(self, data: memoryview, deadline: Deadline) -> bool:
+        """Send it if the socket takes it now; `deadline` is for the rest where it takes a part."""
+        try:
+            sent = self._sock.send(data)
+        except (BlockingIOError, InterruptedError):
+            return False
+        except OSError as exc:
+            raise _translated(exc, self.peer, deadline) from exc
+        if sent < data.nbytes:
+            self.send([data[sent:]], deadline)
+        return True
 
     def recv_into(self, target: bytearray | memoryview, deadline: Deadline) -> None:
         """Fill `target`; raises `Broken` when the peer closes first."""
@@ -191,7 +203,7 @@ class Stream:
             select.select([] if is_sending else mine, mine if is_sending else [], [], left)
 
     def _send(self, parts: list[Buffer], ancillary: list[tuple[int, int, Any]]) -> int:
-        if not hasattr(self._sock, "sendmsg"):
+        if len(parts) == 1 and not ancillary or not hasattr(self._sock, "sendmsg"):
             return self._sock.send(parts[0])
         return self._sock.sendmsg(parts[:MAX_PARTS], ancillary)
 
@@ -217,14 +229,6 @@ class Stream:
         """Descriptors that came since the last call; the caller owns and closes them."""
         fds, self._fds = self._fds, []
         return fds
-
-    @property
-    def is_writable(self) -> bool:
-        """True while the socket's buffer is mostly empty and the peer is there."""
-        if self._poll is None:
-            return bool(select.select([], [self._sock], [], 0)[1])
-        self._poll.modify(self._sock, select.POLLOUT)
-        return [ready for _, ready in self._poll.poll(0)] == [select.POLLOUT]
 
     @property
     def peer_has_gone(self) -> bool:
