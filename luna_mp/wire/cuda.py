@@ -97,6 +97,8 @@ class Exporter:
             if not self._is_placed(source, how.nbytes):
                 source = self._copied(layout.run_of(how, source))
             storage = source.untyped_storage()
+            # Asked before: the event that torch records now is work, too, for some microseconds.
+            is_ready = self.is_done()
             # What `reduce_tensor` calls; the rest of it, which finds a storage that was sent
             # before, has nothing to find here and takes longer than this.
             _, handle, size, offset, *signs = storage._share_cuda_()
@@ -104,7 +106,7 @@ class Exporter:
         counts = _TorchCounter(counter, slot)
         number = self.book.add(owner, how.nbytes, storage, counts)
         out.undo.append(counts.release)
-        must_wait = must_wait and not self.is_done()
+        must_wait = must_wait and not (is_ready or self.is_done())
         return (number, self.uuid, handle, size, offset, counter, slot, event, must_wait, how.text)
 
     def is_done(self) -> bool:
