@@ -85,6 +85,27 @@ def test_reply_that_might_wait_for_the_client_leaves_after_the_turn(connection, 
     assert connection.client.stream.is_readable(0.0)
 
 
+def test_reply_that_the_client_s_socket_has_no_room_for_leaves_after_the_turn(connection):
+    filling = memoryview(bytes(1 << 12))
+    filled = 0
+    while connection.service.stream.send_at_once(filling, soon()):
+        filled += filling.nbytes
+
+    def read():
+        connection.client.stream.recv_into(bytearray(filled), soon())
+        assert not connection.client.stream.is_readable(0.0)
+
+    connection.answer(Turn(connection.client, read), "small")
+    assert connection.client.recv(soon()) == {"result": "small"}
+
+
+def test_reply_by_tcp_leaves_after_the_turn(connection):
+    connection.service.stream.is_local = False
+    turn = Turn(connection.client)
+    connection.answer(turn, "small")
+    assert turn.had_reply is False
+
+
 class InUse(Carrier):
     name = "in use"
     is_in_use = True

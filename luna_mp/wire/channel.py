@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 HEADER = struct.Struct("!IQ")
 MAX_PICKLED = 64 << 20  # bytes; a prompt of ten thousand words takes a tenth of one MiB
 INLINE_BELOW = 32 << 10  # bytes; smaller tensors cost less beside the message than in a segment
-AT_ONCE = 16 << 10  # bytes; a socket has room for all of it, or its peer does not read
+AT_ONCE = 16 << 10  # bytes; a Unix socket takes so many whole
 TURNED_AWAY = "turned away"  # the one key of a message that stands for a closed connection
 MESSAGE_SECONDS = 60.0  # for more of a message to arrive once its first byte has
 
@@ -107,7 +107,9 @@ class Channel:
     def send_at_once(self, packed: Packed, deadline: Deadline) -> bool:
         """Send a message if it can leave now, with nothing to wait for or to settle first."""
         out = packed.out
-        if out.before or out.parts or out.fds or packed.data.nbytes > AT_ONCE:
+        # TCP takes a part where it has no room for all; a Unix socket takes nothing.
+        is_small = self.stream.is_local and packed.data.nbytes <= AT_ONCE
+        if not is_small or out.before or out.parts or out.fds:
             return False
         if any(carrier.is_in_use for carrier in self._order):
             return False

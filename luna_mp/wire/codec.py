@@ -44,7 +44,8 @@ class _Foreign(Exception):
     """Raised with an object that cannot be sent, and why."""
 
 
-# Of these two each message needs one; a constructor in Python would double what that takes.
+# Each message makes one of these two; to make them is most of what it takes, so they have no
+# constructors of their own.
 
 
 class _Pickler(pickle.Pickler):
