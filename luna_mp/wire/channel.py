@@ -43,6 +43,7 @@ class Channel:
     def __init__(self, stream: Stream, max_message: int) -> None:
         self.stream = stream
         self.max_message = max_message
+        self._writer = codec.Writer()
         self._inline = InlineCarrier()
         self._carriers: dict[str, Carrier] = {"inline": self._inline}
         # The fastest first; inline, which takes everything, is the last resort.
@@ -95,20 +96,19 @@ class Channel:
         """
         out = Outgoing(is_leaving, to_host)
         try:
-            data = codec.dumps(message, lambda tensor: self._pack(tensor, out), HEADER.size)
-            sizes = (data.nbytes - HEADER.size, sum([part.nbytes for part in out.parts]))
+            pickled = self._writer.dumps(message, lambda tensor: self._pack(tensor, out))
+            sizes = (len(pickled), sum([part.nbytes for part in out.parts]))
             self._check_size(*sizes)
-            HEADER.pack_into(data, 0, *sizes)
         except BaseException:  # also an interrupt leaves nothing taken
             out.take_back()
             raise
-        return Packed(message, data, out)
+        return Packed(message, HEADER.pack(*sizes) + pickled, out)
 
     def send_at_once(self, packed: Packed, deadline: Deadline) -> bool:
         """Send a message if it can leave now, with nothing to wait for or to settle first."""
         out = packed.out
         # TCP takes a part where it has no room for all; a Unix socket takes nothing.
-        is_small = self.stream.is_local and packed.data.nbytes <= AT_ONCE
+        is_small = self.stream.is_local and len(packed.data) <= AT_ONCE
         if not is_small or out.before or out.parts or out.fds:
             return False
         if any(carrier.is_in_use for carrier in self._order):
@@ -224,7 +224,7 @@ class Packed(NamedTuple):
 
     message: Mapping[str, Any]
     #: the header and the pickled part
-    data: memoryview
+    data: bytes
     out: Outgoing
 
     def complete(self) -> None:

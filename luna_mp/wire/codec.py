@@ -19,7 +19,7 @@ import torch
 
 from luna_mp.errors import LunaError, Rejected, Unsendable
 
-__all__ = ("dumps", "loads")
+__all__ = ("Writer", "loads")
 
 # What a reader of arbitrary bytes may raise before it has noticed that they are not a pickle.
 _GARBAGE = (
@@ -44,11 +44,8 @@ class _Foreign(Exception):
     """Raised with an object that cannot be sent, and why."""
 
 
-# Each message makes one of these two; to make them is most of what it takes, so they have no
-# constructors of their own.
-
-
 class _Pickler(pickle.Pickler):
+    file: io.BytesIO
     pack: Callable[[torch.Tensor], object]
     packed: dict[int, object]
 
@@ -83,25 +80,44 @@ class _Unpickler(pickle.Unpickler):
         raise Rejected(f"a message names the object {module}.{name}: only data may cross")
 
 
-def dumps(
-    message: Mapping[str, Any], pack: Callable[[torch.Tensor], object], room: int = 0
-) -> memoryview:
-    """Pickle a message behind `room` bytes of zeros; `pack` gives each tensor's token.
+class Writer:
+    """Pickles one message after the other: to make a pickler takes longer than to use it."""
 
-    Raises `Unsendable` with the path to the first value that is not data.
-    """
+    def __init__(self) -> None:
+        self._kept: _Pickler | None = None
+
+    def dumps(self, message: Mapping[str, Any], pack: Callable[[torch.Tensor], object]) -> bytes:
+        """Pickle a message; `pack` gives each tensor's token.
+
+        Raises `Unsendable` with the path to the first value that is not data.
+        """
+        try:
+            return self._dumped(message, pack)
+        except RecursionError as exc:
+            raise Unsendable("a value is nested too deeply to be sent") from exc
+        except _Foreign as exc:
+            culprit, why = exc.args
+            raise Unsendable(f"{_path_to(culprit, message)}: {why}") from exc
+
+    def _dumped(self, message: Mapping[str, Any], pack: Callable[[torch.Tensor], object]) -> bytes:
+        # One that fails, and with it what it holds of its message, is not kept.
+        pickler, self._kept = self._kept or _new_pickler(), None
+        pickler.pack, pickler.packed = pack, {}
+        pickler.dump(message)
+        pickled = pickler.file.getvalue()
+        pickler.clear_memo()
+        del pickler.pack, pickler.packed
+        pickler.file.seek(0)
+        pickler.file.truncate()
+        self._kept = pickler
+        return pickled
+
+
+def _new_pickler() -> _Pickler:
     file = io.BytesIO()
-    file.write(bytes(room))
-    writer = _Pickler(file, 5)
-    writer.pack, writer.packed = pack, {}
-    try:
-        writer.dump(message)
-    except RecursionError as exc:
-        raise Unsendable("a value is nested too deeply to be sent") from exc
-    except _Foreign as exc:
-        culprit, why = exc.args
-        raise Unsendable(f"{_path_to(culprit, message)}: {why}") from exc
-    return file.getbuffer()
+    pickler = _Pickler(file, 5)
+    pickler.file = file
+    return pickler
 
 
 def loads(

@@ -80,8 +80,11 @@ class Stream:
         self._buffer = memoryview(bytearray(READ_AHEAD))
         self._ahead = self._buffer[:0]
         self._poll = select.poll() if hasattr(select, "poll") else None
-        if self._poll is not None:
-            self._poll.register(sock, select.POLLIN)
+        # Of its own, since each call asks twice whether there is something to read.
+        self._poll_input = select.poll() if hasattr(select, "poll") else None
+        for poll in (self._poll, self._poll_input):
+            if poll is not None:
+                poll.register(sock, select.POLLIN)
         if not self.is_local:
             # Without it Nagle's algorithm holds each small reply for 40 ms.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -109,7 +112,7 @@ class Stream:
             if sent:
                 left[0] = memoryview(left[0])[sent:]
 
-    def send_at_once(self, data: memoryview, deadline: Deadline) -> bool:
+    def send_at_once(self, data: bytes, deadline: Deadline) -> bool:
         """Send it if the socket takes it now; `deadline` is for the rest where it takes a part."""
         try:
             sent = self._sock.send(data)
@@ -117,7 +120,7 @@ class Stream:
             return False
         except OSError as exc:
             raise _translated(exc, self.peer, deadline) from exc
-        if sent < data.nbytes:
+        if sent < len(data):
             self.send([data[sent:]], deadline)
         return True
 
@@ -239,9 +242,8 @@ class Stream:
         """Wait so long for bytes, or for the peer to close; whether there is either."""
         if self._sock.fileno() < 0 or self._ahead:
             return True
-        if self._poll is not None:
-            self._poll.modify(self._sock, select.POLLIN)
-            return bool(self._poll.poll(1e3 * seconds))
+        if self._poll_input is not None:
+            return bool(self._poll_input.poll(1e3 * seconds))
         return bool(select.select([self._sock], [], [], seconds)[0])
 
     def has_closed_within(self, seconds: float) -> bool:

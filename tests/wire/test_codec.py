@@ -6,9 +6,11 @@ import collections
 import os
 import pickle
 import pickletools
+import weakref
 
 import numpy as np
 import pytest
+import torch
 
 from luna_mp.errors import Rejected, Unsendable
 from luna_mp.wire import codec
@@ -19,7 +21,7 @@ def no_tensor(_):
 
 
 def crossed(value):
-    return codec.loads(bytes(codec.dumps({"value": value}, no_tensor)), no_tensor)["value"]
+    return codec.loads(codec.Writer().dumps({"value": value}, no_tensor), no_tensor)["value"]
 
 
 @pytest.mark.parametrize(
@@ -56,7 +58,29 @@ def test_data_survives_with_its_types(value):
 )
 def test_what_is_not_data_is_refused_with_its_path(value, message):
     with pytest.raises(Unsendable, match=message):
-        codec.dumps({"args": value}, no_tensor)
+        codec.Writer().dumps({"args": value}, no_tensor)
+
+
+def test_message_after_one_that_was_refused_is_whole():
+    writer = codec.Writer()
+    with pytest.raises(Unsendable):
+        writer.dumps({"args": ["some of it", print]}, no_tensor)
+    assert codec.loads(writer.dumps({"value": 1}, no_tensor), no_tensor) == {"value": 1}
+
+
+def test_tensors_of_a_message_are_not_kept():
+    writer, tensor = codec.Writer(), torch.zeros(1)
+    writer.dumps({"args": [tensor]}, lambda tensor: "token")
+    gone = weakref.ref(tensor)
+    del tensor
+    assert gone() is None
+
+
+def test_tensor_in_two_messages_crosses_twice():
+    writer, tensor, packed = codec.Writer(), torch.zeros(1), []
+    for _ in range(2):
+        writer.dumps({"args": [tensor, tensor]}, packed.append)
+    assert len(packed) == 2
 
 
 def test_deep_nesting_is_refused():
@@ -64,7 +88,7 @@ def test_deep_nesting_is_refused():
     for _ in range(100_000):
         value = [value]
     with pytest.raises(Unsendable, match="nested too deeply"):
-        codec.dumps({"args": value}, no_tensor)
+        codec.Writer().dumps({"args": value}, no_tensor)
 
 
 class Attack:
@@ -84,7 +108,7 @@ def test_extension_codes_are_refused():
 
 
 def test_our_own_pickles_name_no_global():
-    data = bytes(codec.dumps({"args": ({"a": [1, 2.0, "x", b"y", None]},)}, no_tensor))
+    data = codec.Writer().dumps({"args": ({"a": [1, 2.0, "x", b"y", None]},)}, no_tensor)
     names = {opcode.name for opcode, _, _ in pickletools.genops(data)}
     assert not names & {"GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "REDUCE", "BUILD"}
 

@@ -119,7 +119,7 @@ def message(second=f"float32:{FLOATS}:1"):
         return export(slot, second) if slot == 2 else export(slot)
 
     results = [torch.full((FLOATS,), float(slot)) for slot in ONCE]
-    return bytes(codec.dumps({"value": results}, token))
+    return codec.Writer().dumps({"value": results}, token)
 
 
 def read(carrier, source, payload=None):
@@ -195,7 +195,7 @@ def test_what_comes_after_a_copy_that_is_interrupted_is_let_go_of(runtime, carri
     source.errors = [KeyboardInterrupt()]
     tokens = [(HOST, "where", b"event", True), export(2)]
     results = {"value": [torch.zeros(1), torch.ones(1)]}
-    payload = bytes(codec.dumps(results, lambda tensor: tokens[int(tensor)]))
+    payload = codec.Writer().dumps(results, lambda tensor: tokens[int(tensor)])
     with pytest.raises(KeyboardInterrupt):
         read(carrier, source, payload)
     assert runtime.released == {2: 1}
