@@ -178,11 +178,17 @@ class Calls:
             self._see_to_the_end(after)
 
     def _run(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Packed:
-        with call:
-            result = self._exposed[call.method](call, *args, **kwargs)
-            packed = self._channel.pack({"result": result}, to_host=call.to_host)
-            # Before the turn is over, the end of which takes longer than this.
-            self._answer_early(call, packed)
+        packed = None
+        try:
+            with call:
+                result = self._exposed[call.method](call, *args, **kwargs)
+                packed = self._channel.pack({"result": result}, to_host=call.to_host)
+                # Before the turn is over, the end of which takes longer than this.
+                self._answer_early(call, packed)
+        except BaseException:
+            if packed is not None and not call.is_answered:
+                packed.out.take_back()
+            raise
         if not call.is_answered:
             packed.complete()
         return packed

@@ -142,6 +142,31 @@ def test_client_that_goes_as_it_is_answered_is_sent_nothing_more(connection, mon
     assert connection.figures == (1, 0)
 
 
+class Noting(Carrier):
+    """Notes what is given back of what it packed."""
+
+    name = "noting"
+
+    def __init__(self):
+        self.given_back = []
+
+    def pack(self, tensor, out):
+        out.undo.append(lambda: self.given_back.append(tensor.numel()))
+        out.before.append(lambda: None)
+        return ("token",)
+
+    unpack = None
+
+
+def test_result_of_a_turn_that_fails_at_its_end_is_given_back(connection):
+    carrier = Noting()
+    connection.service.use(carrier)
+    turn = Turn(connection.client, raises(RuntimeError("CUDA error: out of memory")))
+    connection.answer(turn, torch.zeros(1 << 15))
+    assert "out of memory" in connection.client.recv(soon())["error"]
+    assert carrier.given_back == [1 << 15]
+
+
 def test_error_at_the_end_of_an_answered_turn_ends_the_connection(connection):
     turn = Turn(connection.client, raises(RuntimeError("CUDA error: out of memory")))
     with pytest.raises(errors.RemoteFailure, match="method failed after it was answered: CUDA"):

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 HEADER = struct.Struct("!IQ")
 MAX_PICKLED = 64 << 20  # bytes; a prompt of ten thousand words takes a tenth of one MiB
 INLINE_BELOW = 32 << 10  # bytes; smaller tensors cost less beside the message than in a segment
-AT_ONCE = 16 << 10  # bytes; a Unix socket takes so many whole
+AT_ONCE = 4 << 10  # bytes; so many a Unix socket takes whole or not at all, however small it is
 TURNED_AWAY = "turned away"  # the one key of a message that stands for a closed connection
 MESSAGE_SECONDS = 60.0  # for more of a message to arrive once its first byte has
 
@@ -107,7 +107,7 @@ class Channel:
     def send_at_once(self, packed: Packed, deadline: Deadline) -> bool:
         """Send a message if it can leave now, with nothing to wait for or to settle first."""
         out = packed.out
-        # TCP takes a part where it has no room for all; a Unix socket takes nothing.
+        # Of what a socket takes a part of only, the rest would be waited for in the turn.
         is_small = self.stream.is_local and len(packed.data) <= AT_ONCE
         if not is_small or out.before or out.parts or out.fds:
             return False

@@ -36,6 +36,8 @@ _GARBAGE = (
 )
 
 
+KEPT_UP_TO = 16 << 10  # bytes of a message, after which its pickler is used again
+
 # Most of what a message holds. Each object is asked about, and `isinstance` takes longer.
 _PLAIN = frozenset((dict, str, int, float, bool, bytes, tuple, list, type(None)))
 
@@ -100,7 +102,7 @@ class Writer:
             raise Unsendable(f"{_path_to(culprit, message)}: {why}") from exc
 
     def _dumped(self, message: Mapping[str, Any], pack: Callable[[torch.Tensor], object]) -> bytes:
-        # One that fails, and with it what it holds of its message, is not kept.
+        # One that fails is not kept, for what it holds; nor is one that large messages made slow.
         pickler, self._kept = self._kept or _new_pickler(), None
         pickler.pack, pickler.packed = pack, {}
         pickler.dump(message)
@@ -109,7 +111,8 @@ class Writer:
         del pickler.pack, pickler.packed
         pickler.file.seek(0)
         pickler.file.truncate()
-        self._kept = pickler
+        if len(pickled) <= KEPT_UP_TO:
+            self._kept = pickler
         return pickled
 
 

@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 #: bytes; smaller copies gain nothing and may be kept in great numbers, and torch keeps what it pins
 PINNED = range(1 << 20, (1 << 30) + 1)
+#: a tensor over the service's memory, and what tells whether nothing uses that any more
+Opened = tuple[torch.Tensor, Callable[[], bool]]
 MAX_REMEMBERED = 64  # results, before those that were dropped are forgotten
 
 
@@ -45,9 +47,6 @@ class Importer:
             raise RuntimeError(f"the service offers GPU {uuid}; this process has {self.uuids()}")
         return ImportingCarrier(self._index, service, host)
 
-
-#: a tensor over the service's memory, and what tells whether nothing uses that any more
-Opened = tuple[torch.Tensor, Callable[[], bool]]
 
 # By service and address: what came from it over any connection, to recognise it when it goes back.
 _leased: dict[Owner, dict[int, tuple[int, Callable[[], bool]]]] = {}
@@ -143,26 +142,27 @@ class ImportingCarrier(Carrier):
             if self._by_runtime:
                 segment = self._mappings.segment(handle)
                 return cuda_runtime.over(segment, offset, how, counter, slot, self._device)
-            return self._rebuilt(how, handle, offset, counter, slot)
-        except RuntimeError:
+            run = self._rebuilt(handle, how.nbytes, offset, counter, slot)
+        except Exception:
             self._opened_last = 0
             raise
+        return layout.restore(how, run), reductions.StorageWeakRef(run.untyped_storage()).expired
 
     def _rebuilt(
-        self, how: Layout, handle: bytes, offset: int, counter: bytes, slot: int
-    ) -> Opened:
+        self, handle: bytes, size: int, offset: int, counter: bytes, slot: int
+    ) -> torch.Tensor:
         """By torch's own import."""
         with torch.cuda.device(self._device):
             run: torch.Tensor = reductions.rebuild_cuda_tensor(
                 torch.Tensor,
-                torch.Size((how.nbytes,)),
+                torch.Size((size,)),
                 (1,),
                 0,
                 torch.storage.TypedStorage,
                 torch.uint8,
                 self._device.index,
                 handle,
-                how.nbytes,
+                size,
                 offset,
                 False,
                 counter,
@@ -170,7 +170,7 @@ class ImportingCarrier(Carrier):
                 b"",
                 False,  # not to wait for the event on this process's stream
             )
-        return layout.restore(how, run), reductions.StorageWeakRef(run.untyped_storage()).expired
+        return run
 
     def _remember(self, number: int, tensor: torch.Tensor, is_over: Callable[[], bool]) -> None:
         if len(self._leased) > MAX_REMEMBERED:

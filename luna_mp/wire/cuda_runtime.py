@@ -74,8 +74,10 @@ def over(
     """
     owner = _Foreign(segment.base + offset, how)
     tensor = torch.as_tensor(owner, device=device)
-    is_over = when_over(owner, partial(_let_go, segment, counter, slot, device))
-    return tensor if how.dtype in FLOATS else tensor.view(DTYPES[how.dtype]), is_over
+    if how.dtype not in FLOATS:
+        tensor = tensor.view(DTYPES[how.dtype])
+    # The last step: where another fails, nothing is to be let go of.
+    return tensor, when_over(owner, partial(_let_go, segment, counter, slot, device))
 
 
 class _Foreign:

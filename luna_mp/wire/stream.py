@@ -69,7 +69,7 @@ class Stream:
         self._sock = sock
         self._spin = spin
         self._doze = doze
-        #: done over and over by a thread that waits awake for a header: a matter of microseconds
+        #: done over and over by a thread that waits for a header: a matter of microseconds
         self.meanwhile: Callable[[], object] | None = None
         self.peer = peer
         self.is_local = sock.family == getattr(socket, "AF_UNIX", None)
@@ -179,9 +179,9 @@ class Stream:
                 count = operation(*arguments)
             except (BlockingIOError, InterruptedError):
                 waited = time.perf_counter() - start
+                if spin and self.meanwhile is not None:
+                    self.meanwhile()
                 if spin and waited < spin:
-                    if self.meanwhile is not None:
-                        self.meanwhile()
                     continue
                 if waited < spin + doze:
                     deadline.pause()

@@ -10,6 +10,7 @@ import os
 import weakref
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,6 +20,7 @@ from luna_mp.wire.carrier import CarrierFailed
 from luna_mp.wire.cuda import HOST
 from luna_mp.wire.cuda_client import ImportingCarrier
 from luna_mp.wire.leases import Owner
+from tests.same import assert_same
 
 FLOATS = 4
 ONCE = {1: 1, 2: 1}  # releases, by slot
@@ -126,6 +128,24 @@ def read(carrier, source, payload=None):
     return codec.loads(
         payload or message(), lambda token: carrier.unpack(token, source), carrier.discard
     )
+
+
+class OnHost:
+    """What `_Foreign` says of memory of a GPU, said of memory of the host."""
+
+    def __init__(self, tensor, how):
+        foreign = cuda_runtime._Foreign(tensor.data_ptr(), how)
+        self.__array_interface__ = foreign.__cuda_array_interface__
+
+
+@pytest.mark.parametrize("dtype", layout.DTYPES.values(), ids=str)
+def test_memory_is_opened_as_it_lies(dtype):
+    run = torch.arange(0, 6 * dtype.itemsize, dtype=torch.uint8)
+    how = layout.layout_of(dtype, (2, 3), (1, 2))
+    opened = torch.from_numpy(np.asarray(OnHost(run, how)))
+    assert opened.stride() == (1, 2)
+    assert opened.dtype == dtype or how.dtype not in cuda_runtime.FLOATS
+    assert_same(layout.run_of(how, opened.view(dtype)), run)
 
 
 def test_results_are_let_go_of_when_they_are_dropped(runtime, carrier):
