@@ -185,7 +185,7 @@ class Calls:
                 packed = self._channel.pack({"result": result}, to_host=call.to_host)
                 # Before the turn is over, the end of which takes longer than this.
                 self._answer_early(call, packed)
-        except BaseException:
+        except BaseException:  # whatever ends the turn, what never leaves is given back
             if packed is not None and not call.is_answered:
                 packed.out.take_back()
             raise

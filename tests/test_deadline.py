@@ -8,7 +8,8 @@ import threading
 import pytest
 
 from luna_mp.deadline import CHECK_SECONDS, LONGEST, Deadline
-from luna_mp.errors import TimedOut
+from luna_mp.endpoint import Endpoint
+from luna_mp.errors import OutOfMemory, TimedOut
 from tests.helpers import KEY, endpoint, served, wait_until
 
 
@@ -82,3 +83,23 @@ def test_a_connection_is_well_after_a_call_that_was_not_wanted(tmp_path):
 
 def test_a_call_may_be_given_for_ever():
     assert Deadline(math.inf, "a call").pause() <= LONGEST
+
+
+def answered_late(monkeypatch, error, kind):
+    def exchange(self, request, deadline):
+        wait_until(lambda: deadline.has_passed)
+        return {"error": error, "kind": kind, "traceback": ""}
+
+    monkeypatch.setattr(Endpoint, "_exchange", exchange)
+    return Endpoint("vae", lambda: "nowhere", KEY).call("echo", (), {}, 0.1)
+
+
+def test_a_call_that_the_service_dropped_for_its_time_is_out_of_time(monkeypatch):
+    with pytest.raises(TimedOut, match=r"vae.echo took longer than 0.1 s") as caught:
+        answered_late(monkeypatch, "nobody waits for it any more", "Broken")
+    assert "nobody waits" in str(caught.value.__cause__)
+
+
+def test_an_error_of_the_model_that_comes_late_stays_what_it_is(monkeypatch):
+    with pytest.raises(OutOfMemory, match="the card is full"):
+        answered_late(monkeypatch, "the card is full", "OutOfMemory")

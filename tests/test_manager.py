@@ -186,26 +186,6 @@ def test_call_that_takes_too_long_is_given_up(tmp_path):
         release.set()
 
 
-def answered_late(monkeypatch, error, kind):
-    def exchange(self, request, deadline):
-        wait_until(lambda: deadline.has_passed)
-        return {"error": error, "kind": kind, "traceback": ""}
-
-    monkeypatch.setattr(Endpoint, "_exchange", exchange)
-    return call(Endpoint("vae", lambda: "nowhere", KEY), "echo", seconds=0.1)
-
-
-def test_a_call_that_the_service_dropped_for_its_time_is_out_of_time(monkeypatch):
-    with pytest.raises(errors.TimedOut, match=r"vae.echo took longer than 0.1 s") as caught:
-        answered_late(monkeypatch, "nobody waits for it any more", "Broken")
-    assert "nobody waits" in str(caught.value.__cause__)
-
-
-def test_an_error_of_the_model_that_comes_late_stays_what_it_is(monkeypatch):
-    with pytest.raises(errors.OutOfMemory, match="the card is full"):
-        answered_late(monkeypatch, "the card is full", "OutOfMemory")
-
-
 def test_threads_share_one_client(client):
     results = {}
 

@@ -49,9 +49,9 @@ class Outgoing:
     undo: list[Callable[[], None]] = field(default_factory=list)
 
     def take_back(self) -> None:
-        """It never leaves: give back what carriers took for it."""
-        for undo in reversed(self.undo):
-            undo()
+        """It never leaves: give back what carriers took for it, once."""
+        while self.undo:
+            self.undo.pop()()
 
 
 class Incoming(Protocol):

@@ -113,24 +113,24 @@ class Channel:
             return False
         if any(carrier.is_in_use for carrier in self._order):
             return False
-        try:
-            is_sent = self.stream.send_at_once(packed.data, deadline)
-        except BaseException:  # also an interrupt leaves nothing taken
-            out.take_back()
-            raise
-        if is_sent:
-            self._sent = out.undo
-        return is_sent
+        return self._send(packed, deadline, at_once=True)
 
     def send_packed(self, packed: Packed, deadline: Deadline) -> None:
         """Send a completed message; it is sent, or never, before the next is packed."""
+        self._send(packed, deadline)
+
+    def _send(self, packed: Packed, deadline: Deadline, at_once: bool = False) -> bool:
         out = packed.out
         try:
-            self.stream.send([packed.data, *out.parts], deadline, out.fds)
+            if not at_once:
+                self.stream.send([packed.data, *out.parts], deadline, out.fds)
+            elif not self.stream.send_at_once(packed.data, deadline):
+                return False
         except BaseException:  # also an interrupt leaves nothing taken
             out.take_back()
             raise
         self._sent = out.undo
+        return True
 
     def send(self, message: Mapping[str, Any], deadline: Deadline) -> None:
         """Pack, complete and send one message."""

@@ -47,9 +47,14 @@ class _Foreign(Exception):
 
 
 class _Pickler(pickle.Pickler):
-    file: io.BytesIO
+    """Writes to its own file; `pack` and `packed` are those of the message under way."""
+
     pack: Callable[[torch.Tensor], object]
     packed: dict[int, object]
+
+    def __init__(self) -> None:
+        self.file = io.BytesIO()
+        super().__init__(self.file, protocol=5)
 
     def persistent_id(self, obj: Any) -> object:
         if type(obj) in _PLAIN or not isinstance(obj, torch.Tensor):
@@ -103,7 +108,7 @@ class Writer:
 
     def _dumped(self, message: Mapping[str, Any], pack: Callable[[torch.Tensor], object]) -> bytes:
         # One that fails is not kept, for what it holds; nor is one that large messages made slow.
-        pickler, self._kept = self._kept or _new_pickler(), None
+        pickler, self._kept = self._kept or _Pickler(), None
         pickler.pack, pickler.packed = pack, {}
         pickler.dump(message)
         pickled = pickler.file.getvalue()
@@ -114,13 +119,6 @@ class Writer:
         if len(pickled) <= KEPT_UP_TO:
             self._kept = pickler
         return pickled
-
-
-def _new_pickler() -> _Pickler:
-    file = io.BytesIO()
-    pickler = _Pickler(file, 5)
-    pickler.file = file
-    return pickler
 
 
 def loads(
@@ -146,6 +144,7 @@ def loads(
 
 
 def _reader(payload: bytes | bytearray, unpack: Callable[[Any], torch.Tensor]) -> _Unpickler:
+    # Each message makes one; a constructor in Python would be a good part of what that takes.
     reader = _Unpickler(io.BytesIO(payload))
     reader.unpack, reader.unpacked = unpack, []
     return reader

@@ -14,6 +14,7 @@ import torch
 
 from luna_mp.wire.carrier import Outgoing
 from luna_mp.wire.cuda import HOST, Exporter
+from luna_mp.wire.cuda_runtime import release
 from luna_mp.wire.leases import Owner
 from luna_mp.wire.shm import HEADER, ShmCarrier, _pin, _Segment
 from tests.gpu.clients import say
@@ -42,7 +43,7 @@ class Exports:
     def is_waited_for(self, cycles: int = 0) -> bool:
         """What a client is told of a result, which comes back."""
         counter, slot, must_wait = self.export(Outgoing(), cycles)
-        torch.UntypedStorage._release_ipc_counter_cuda(counter, slot)
+        release(counter, slot)
         self.exporter.book.collect()
         return must_wait
 
@@ -51,7 +52,7 @@ class Exports:
         before = torch.cuda.memory_allocated()
         counter, slot, _ = self.export(Outgoing())
         for _ in range(releases):
-            torch.UntypedStorage._release_ipc_counter_cuda(counter, slot)
+            release(counter, slot)
         self.exporter.book.collect()
         return torch.cuda.memory_allocated() - before
 
