@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,11 @@ INPUTS = {
     "1024² image, 12.6 MB": (1, 1024, 1024, 3),
     "2048² image, 50 MB": (1, 2048, 2048, 3),
 }
-ROUNDS = {32: 80, 64: 50, 128: 36, 256: 32}
-CROSSING_ROUNDS = 1000  # some half a second: longer than what else a machine does for a moment
+ROUNDS = {32: 80, 64: 50, 128: 36, 256: 24}
+# A GPU's clock alone makes decodes of 0.4 s differ by more than what the floor adds to one.
+FLOOR_ROUNDS = {**ROUNDS, 256: 64}
+CALL_ROUNDS = 1000  # some half a second: longer than what else a machine does for a moment
+CROSSING_ROUNDS = 400  # of each pass
 BY_TORCH = (1 << 20,)  # of float32; five such share a segment of torch's allocator
 WARM_UP = 2  # rounds
 CLIENTS = 8
@@ -48,7 +52,8 @@ CLIENT_EDGE = 192
 CLIENT_CALLS = 6
 
 Way = Callable[[], Any]
-Table = dict[str, dict[str, float]]
+Row = dict[str, float]
+Table = dict[str, Row]
 Span = tuple[float, float]
 Pairs = list[tuple[float, float]]
 
@@ -92,61 +97,69 @@ def _between(base: Way, way: Way, rounds: int) -> Pairs:
     return times[WARM_UP:]
 
 
-def _medians(times: dict[str, list[float]]) -> dict[str, float]:
+def _medians(times: dict[str, list[float]]) -> Row:
     return {way: round(statistics.median(taken), 4) for way, taken in times.items()}
 
 
 def _bare(luna: Luna) -> float:
     """Milliseconds of a call of nothing, when the client keeps calling."""
     times = []
-    for _ in range(CROSSING_ROUNDS):
+    for _ in range(CALL_ROUNDS):
         start = time.perf_counter()
         luna._endpoint("vae").call("ping", (), {}, 10.0)
         times.append(1e3 * (time.perf_counter() - start))
     return round(statistics.median(times), 4)
 
 
-def _decodes(luna: Luna) -> tuple[Table, Table]:
-    """Of each size, by way; and the parts of the floor."""
+def _decodes(luna: Luna, edge: int) -> tuple[Row, Row]:
+    """Of one size, by way; and the parts of the floor."""
     ask = luna._endpoint("vae").call
-    found, parts = {}, {}
-    for edge in EDGES:
-        latent = _latent(edge)
-        asked: list[Span] = []
+    latent = _latent(edge)
+    asked: list[Span] = []
 
-        def floor(x: torch.Tensor = latent, asked: list[Span] = asked) -> None:
-            start = time.perf_counter()
-            ask("floor", (x,), {}, 60.0)
-            asked.append((start, time.perf_counter()))
+    def floor() -> None:
+        start = time.perf_counter()
+        ask("floor", (latent,), {}, 60.0)
+        asked.append((start, time.perf_counter()))
 
-        name, rounds = f"{8 * edge}²", ROUNDS[edge]
-        found[name] = _compared(
-            _between(lambda x=latent: ask("in_process", (x, False), {}, 60.0), floor, rounds),
-            _between(floor, lambda x=latent: luna.vae.decode(x), rounds),
-            _between(
-                lambda x=latent: ask("in_process", (x, True), {}, 60.0),
-                lambda x=latent: luna.vae.decode(x, device="cpu"),
-                rounds,
-            ),
-        )
-        served = zip(asked, ask("parts", (), {}, 10.0), strict=True)
-        parts[name] = _medians(_parts(list(served)[WARM_UP:]))
-    return found, parts
+    rounds = ROUNDS[edge]
+    found = _compared(
+        _between(lambda: ask("in_process", (latent, False), {}, 60.0), floor, FLOOR_ROUNDS[edge]),
+        _between(floor, lambda: luna.vae.decode(latent), rounds),
+        _between(
+            lambda: ask("in_process", (latent, True), {}, 60.0),
+            lambda: luna.vae.decode(latent, device="cpu"),
+            rounds,
+        ),
+    )
+    served = zip(asked, ask("parts", (), {}, 10.0), strict=True)
+    return found, _medians(_parts(list(served)[WARM_UP:]))
 
 
-def _compared(floor: Pairs, cuda: Pairs, cpu: Pairs) -> dict[str, float]:
+def _compared(floor: Pairs, cuda: Pairs, cpu: Pairs) -> Row:
     """Each beside its own base. Differences and ratios are of neighbours, and then medians."""
+    differences = [taken - base for taken, base in floor]
     columns = {
         "in process": [base for _, base in floor],
         "floor": [taken for taken, _ in floor],
         "cuda": [taken for taken, _ in cuda],
         "in process to CPU": [base for _, base in cpu],
         "cpu": [taken for taken, _ in cpu],
-        "floor - in process": [taken - base for taken, base in floor],
+        "floor - in process": differences,
         "cuda - floor": [taken - base for taken, base in cuda],
         "cpu / in process": [taken / base for taken, base in cpu],
     }
-    return _medians(columns)
+    return {**_medians(columns), "± of floor - in process": _error(differences)}
+
+
+def _error(values: list[float]) -> float:
+    """Standard error of their median, whatever their distribution: half of what holds it by 68 %.
+
+    By order statistics: https://en.wikipedia.org/wiki/Binomial_distribution#Normal_approximation
+    """
+    ordered, half = sorted(values), len(values) ** 0.5 / 2
+    middle = (len(values) - 1) / 2
+    return round((ordered[round(middle + half)] - ordered[round(middle - half)]) / 2, 4)
 
 
 def _parts(floors: list[tuple[Span, Span]]) -> dict[str, list[float]]:
@@ -158,25 +171,45 @@ def _parts(floors: list[tuple[Span, Span]]) -> dict[str, list[float]]:
     }
 
 
-def _crossings(luna: Luna) -> Table:
-    """`returned`: the call is back with its tensor; `ready`: this GPU's stream is idle, too."""
-    ask = luna._endpoint("vae").call
-    found = {}
-    for name, shape in CROSSINGS.items():
-        returned: list[float] = []
+class _Crossings:
+    """Of each size by turns, in passes between the other measurements.
 
-        def empty(shape: tuple[int, ...] = shape, returned: list[float] = returned) -> Any:
+    `returned`: the call is back with its tensor; `ready`: this GPU's stream is idle, too.
+    """
+
+    def __init__(self, luna: Luna) -> None:
+        self._ask = luna._endpoint("vae").call
+        columns = ("returned", "ready", "copied")
+        self._times: dict[str, dict[str, list[float]]] = {
+            name: {column: [] for column in columns} for name in CROSSINGS
+        }
+
+    def measure(self) -> None:
+        """One more pass."""
+        returned: dict[str, list[float]] = {name: [] for name in CROSSINGS}
+
+        def empty(name: str) -> Any:
             start = time.perf_counter()
-            tensor = ask("empty", shape, {}, 60.0)
-            returned.append(1e3 * (time.perf_counter() - start))
+            tensor = self._ask("empty", CROSSINGS[name], {}, 60.0)
+            returned[name].append(1e3 * (time.perf_counter() - start))
             return tensor
 
-        ready = _medians(_rounds({"ready": empty}, CROSSING_ROUNDS))
-        copied = _rounds({"copied": lambda s=shape: ask("resident", s, {}, 60.0)}, CROSSING_ROUNDS)
-        to_host = _rounds({"to CPU": lambda s=shape: ask("empty", s, {}, 60.0, "cpu")}, 8)
-        now = {"returned": round(statistics.median(returned[WARM_UP:]), 4)}
-        found[name] = now | ready | _medians(copied | to_host)
-    return found
+        ready = _rounds({name: partial(empty, name) for name in CROSSINGS}, CROSSING_ROUNDS)
+        copies = {name: partial(self._ask, "resident", CROSSINGS[name], {}, 60.0) for name in ready}
+        copied = _rounds(copies, CROSSING_ROUNDS)
+        for name, times in self._times.items():
+            times["returned"] += returned[name][WARM_UP:]
+            times["ready"] += ready[name]
+            times["copied"] += copied[name]
+
+    def found(self) -> Table:
+        """Medians of all passes; and of what was copied to the host, which is measured now."""
+        wanted = {name: partial(self._to_host, CROSSINGS[name]) for name in CROSSINGS}
+        to_host = _medians(_rounds(wanted, 8))
+        return {n: {**_medians(times), "to CPU": to_host[n]} for n, times in self._times.items()}
+
+    def _to_host(self, shape: tuple[int, ...]) -> Any:
+        return self._ask("empty", shape, {}, 60.0, "cpu")
 
 
 def _by_torch(pipe: Connection) -> float:
@@ -192,7 +225,7 @@ def _by_torch(pipe: Connection) -> float:
         return 1e3 * (time.perf_counter() - start), tensor
 
     kept = crossed()
-    times = [crossed()[0] for _ in range(CROSSING_ROUNDS)]
+    times = [crossed()[0] for _ in range(CALL_ROUNDS)]
     del kept
     return round(statistics.median(times), 4)
 
@@ -291,7 +324,11 @@ def _measure(folder: Path) -> dict[str, Any]:
         pipe = Client(f"{path}.pipe", authkey=KEY)
         with pipe, connect(vae=path, authkey=KEY) as luna:
             assert luna.carriers == {"vae": "cuda"}, luna.reasons
-            decode, parts = _decodes(luna)
+            decode, parts, crossings = {}, {}, _Crossings(luna)
+            for edge in EDGES:
+                name = f"{8 * edge}²"
+                decode[name], parts[name] = _decodes(luna, edge)
+                crossings.measure()
             found: dict[str, Any] = {
                 "calls": {
                     "bare call, ms": _bare(luna),
@@ -299,7 +336,7 @@ def _measure(folder: Path) -> dict[str, Any]:
                 },
                 "decode": decode,
                 "floor": parts,
-                "crossing": _crossings(luna),
+                "crossing": crossings.found(),
                 "input": _inputs(luna),
                 "eight clients": _together(path, luna),
             }
