@@ -45,6 +45,8 @@ class Outgoing:
     kept: list[object] = field(default_factory=list)
     #: what has to be done before it leaves: waits for copies off a GPU
     before: list[Callable[[], None]] = field(default_factory=list)
+    #: what is done while the peer reads the pickled part, which has left, before `parts` follow
+    late: list[Callable[[], None]] = field(default_factory=list)
     #: what gives back what carriers took for this message, should it never leave
     undo: list[Callable[[], None]] = field(default_factory=list)
 
@@ -62,8 +64,8 @@ class Incoming(Protocol):
     #: tensors are wanted in the memory of the host, wherever they are
     to_host: bool
 
-    def read_into(self, target: memoryview) -> None:
-        """The next bytes. Raises `Rejected` where fewer follow."""
+    def read_into(self, target: memoryview, is_soon: bool = False) -> None:
+        """The next bytes, awaited awake if they come soon. Raises `Rejected` if fewer follow."""
 
     def take_fd(self) -> int:
         """The next descriptor, which the caller closes. Raises `Rejected` where there is none."""

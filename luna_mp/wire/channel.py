@@ -122,7 +122,12 @@ class Channel:
     def _send(self, packed: Packed, deadline: Deadline, at_once: bool = False) -> bool:
         out = packed.out
         try:
-            if not at_once:
+            if out.late:
+                self.stream.send([packed.data], deadline, out.fds)
+                for step in out.late:
+                    step()
+                self.stream.send(out.parts, deadline)
+            elif not at_once:
                 self.stream.send([packed.data, *out.parts], deadline, out.fds)
             elif not self.stream.send_at_once(packed.data, deadline):
                 return False
@@ -181,7 +186,10 @@ class Channel:
         self.stream.close()
 
     def _pack(self, tensor: torch.Tensor, out: Outgoing) -> Token:
-        is_small = tensor.numel() * tensor.itemsize < INLINE_BELOW and not tensor.is_cuda
+        nbytes = tensor.numel() * tensor.itemsize
+        # The peer would refuse it, too, and close before all of it is sent.
+        self._check_size(0, nbytes)
+        is_small = nbytes < INLINE_BELOW and not tensor.is_cuda
         for carrier in () if is_small else self._order:
             try:
                 return (carrier.name, *carrier.pack(tensor, out))
@@ -259,7 +267,7 @@ class _Body:
         self._here = memoryview(b"")
         self._fds = stream.take_fds()
 
-    def read_into(self, target: memoryview) -> None:
+    def read_into(self, target: memoryview, is_soon: bool = False) -> None:
         size = target.nbytes
         if size > self.left:
             raise Rejected(f"a tensor of {size} bytes, but only {self.left} bytes follow")
@@ -267,7 +275,7 @@ class _Body:
         if self._here:
             target[:], self._here = self._here[:size], self._here[size:]
         else:
-            self._stream.recv_into(target, self._arrival)
+            self._stream.recv_into(target, self._arrival, is_soon)
 
     def take_fd(self) -> int:
         if not self._fds:

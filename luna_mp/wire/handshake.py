@@ -36,7 +36,7 @@ __all__ = ("PROTOCOL", "Identity", "answer", "greet", "identity", "refuse")
 
 logger = logging.getLogger(__name__)
 
-PROTOCOL = 5
+PROTOCOL = 6
 LENGTH = struct.Struct("!H")
 NONCE_BYTES = 32
 TEXTS = ("client_id", "boot_id", "platform", "torch", "allocator", "role")

@@ -7,7 +7,9 @@ tensor's run:
 
 The sender takes a free segment, sets the word, writes the run and sends the segment's number. The
 receiver's tensor lies over the mapping; when its memory is let go, the receiver clears the word.
-Only the sender sets it and only the receiver clears it, so no message and no lock is needed.
+Only the sender sets it and only the receiver clears it, so no message and no lock is needed. What
+leaves as soon as it is packed goes first, and the run is written while the receiver wakes and
+reads: then one byte follows the message.
 
 Segments have no name in any file system: a sealed memfd travels beside the message that uses it
 first. So nothing is left behind, whichever end is killed. A fork of the receiver shares what it
@@ -42,6 +44,7 @@ MAX_SEGMENTS = 64  # likewise; each costs a descriptor at both ends
 IDLE_ROUNDS = 64  # a free segment that many tensors did not want is given back
 
 FREE, LENT = b"\0", b"\1"
+WRITTEN = memoryview(b"\1")  # follows a message whose run was written after it left
 
 
 def is_supported() -> bool:
@@ -92,17 +95,21 @@ class ShmCarrier(Carrier):
         number, segment = self._take(how.nbytes, out)
         segment.set_state(LENT)
         out.undo.append(lambda: segment.set_state(FREE))
+        is_late = out.is_leaving and not source.is_cuda
         if source.is_cuda:
             off(layout.run_of(how, source), segment.run(how.nbytes), out)
+        elif is_late:
+            out.late.append(partial(segment.write, how, source))
+            out.parts.append(WRITTEN)
         else:
-            bring(how, source, segment.address)
+            segment.write(how, source)
         dropped, self._dropped = tuple(self._dropped), []
         out.undo.append(lambda: self._dropped.extend(dropped))
-        return (number, segment.capacity, dropped, how.text)
+        return (number, segment.capacity, dropped, is_late, how.text)
 
     def unpack(self, token: Token, source: Incoming) -> torch.Tensor:
         match token:
-            case (int(number), int(capacity), tuple(dropped), how):
+            case (int(number), int(capacity), tuple(dropped), bool(is_late), how):
                 parsed = layout.parse(how, source.limit)
             case _:
                 raise Rejected(f"a shared tensor's token is malformed: {reprlib.repr(token)}")
@@ -115,7 +122,10 @@ class ShmCarrier(Carrier):
             segment = self._theirs[number] = _attach(capacity, source, self._pin_received)
         if parsed.nbytes > segment.capacity:
             raise Rejected(f"{parsed.nbytes} bytes in a segment of {segment.capacity} bytes")
-        return segment.lend(parsed)
+        tensor = segment.lend(parsed)
+        if is_late:
+            source.read_into(memoryview(bytearray(WRITTEN)), is_soon=True)
+        return tensor
 
     def close(self) -> None:
         self._mine.clear()
@@ -190,6 +200,10 @@ class _Segment:
         if not nbytes:
             return torch.empty(0, dtype=torch.uint8)
         return torch.frombuffer(self._memory, dtype=torch.uint8, count=nbytes, offset=HEADER)
+
+    def write(self, how: layout.Layout, source: torch.Tensor) -> None:
+        """Fill the run with what `layout.describe` gave, of the CPU."""
+        bring(how, source, self.address)
 
     def lend(self, how: layout.Layout) -> torch.Tensor:
         """A tensor over the run; the state is cleared once nothing uses its memory any more."""

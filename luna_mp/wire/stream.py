@@ -124,17 +124,20 @@ class Stream:
             self.send([data[sent:]], deadline)
         return True
 
-    def recv_into(self, target: bytearray | memoryview, deadline: Deadline) -> None:
-        """Fill `target`; raises `Broken` when the peer closes first."""
+    def recv_into(
+        self, target: bytearray | memoryview, deadline: Deadline, is_soon: bool = False
+    ) -> None:
+        """Fill it, at first awake if more `is_soon` there; raises `Broken` if the peer closes."""
         view = memoryview(target)
         ahead = min(len(self._ahead), view.nbytes)
         if ahead:
             view[:ahead] = self._ahead[:ahead]
             self._ahead = self._ahead[ahead:]
             view = view[ahead:]
+        spin = self._spin if is_soon else 0.0
         while view.nbytes:
             try:
-                view = view[self._wait_for(self._sock.recv_into, (view,), deadline) :]
+                view = view[self._wait_for(self._sock.recv_into, (view,), deadline, spin) :]
             except NeverRead as exc:
                 raise self._ended(exc, is_begun=True) from exc
             deadline.progress()

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
+import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from luna_mp.errors import Rejected
+from luna_mp.errors import Broken, Rejected
 from luna_mp.wire import shm
 from luna_mp.wire.carrier import NoRoom, Outgoing
+from luna_mp.wire.channel import HEADER
 from luna_mp.wire.shm import ShmCarrier
 from luna_mp.wire.stream import MAX_FDS
-from tests.wire.pair import channels, crossed
+from tests.wire.pair import channels, crossed, soon
 
 BIG = 1 << 20  # elements
 SMALL = 20_000  # elements; more than what is sent inline for being small
@@ -111,4 +113,68 @@ def test_segment_that_its_sender_could_shrink_is_refused():
     os.ftruncate(fd, shm.HEADER + 4096)
     source = SimpleNamespace(take_fd=lambda: fd, limit=1 << 20)
     with pytest.raises(Rejected, match="not what its sender says"):
-        ShmCarrier().unpack((1, 4096, (), "uint8:10:1"), source)
+        ShmCarrier().unpack((1, 4096, (), False, "uint8:10:1"), source)
+
+
+def test_a_message_is_on_its_way_while_its_run_is_written(monkeypatch):
+    write, arrived = shm._Segment.write, []
+    with channels(ShmCarrier) as (left, right):
+
+        def watched(self, how, source):
+            arrived.append(right.stream.is_readable(0.0))
+            write(self, how, source)
+
+        monkeypatch.setattr(shm._Segment, "write", watched)
+        left.send({"value": torch.ones(BIG)}, soon())
+    assert arrived == [True]
+
+
+def test_a_tensor_is_given_out_only_when_its_run_is_written(monkeypatch):
+    write, lend, is_lent = shm._Segment.write, shm._Segment.lend, threading.Event()
+
+    def lent(self, how):
+        is_lent.set()
+        return lend(self, how)
+
+    def written(self, how, source):
+        assert is_lent.wait(10)
+        write(self, how, source)
+
+    monkeypatch.setattr(shm._Segment, "lend", lent)
+    monkeypatch.setattr(shm._Segment, "write", written)
+    with channels(ShmCarrier) as (left, right):
+        assert crossed(left, right, torch.ones(BIG)).sum() == BIG
+
+
+def test_a_sender_that_ends_while_it_writes_has_sent_nothing(monkeypatch):
+    def interrupted(self, how, source):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shm._Segment, "write", interrupted)
+    with channels(ShmCarrier) as (left, right):
+        with pytest.raises(KeyboardInterrupt):
+            left.send({"value": torch.ones(BIG)}, soon())
+        left.close()
+        with pytest.raises(Broken, match="closed the connection"):
+            right.recv(soon())
+
+
+def test_what_leaves_later_is_written_when_it_is_packed():
+    with channels(ShmCarrier) as (left, _):
+        assert left.pack({"value": torch.ones(BIG)}).out.late == []
+
+
+def test_a_run_whose_end_is_not_told_is_refused():
+    with channels(ShmCarrier) as (left, right):
+        packed = left.pack({"value": torch.ones(BIG)}, is_leaving=True)
+        pickled = packed.data[HEADER.size :]
+        left.stream.send([HEADER.pack(len(pickled), 0) + pickled], soon(), packed.out.fds)
+        with pytest.raises(Rejected, match="only 0 bytes follow"):
+            right.recv(soon())
+
+
+def test_a_tensor_over_the_limit_is_refused_before_anything_of_it_is_sent():
+    with channels(ShmCarrier, limit=BIG) as (left, right):
+        with pytest.raises(Rejected, match="the limit is 1048576"):
+            left.send({"value": torch.ones(BIG)}, soon())
+        assert not right.stream.is_readable(0.0)
