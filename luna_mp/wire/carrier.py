@@ -35,7 +35,8 @@ class CarrierFailed(Broken):
 class Outgoing:
     """What travels beside the pickled part of one message."""
 
-    #: it leaves as soon as it is packed, so nothing is gained by leaving a copy for later
+    #: it leaves as soon as it is packed: no copy off a GPU is left for `before`, and the peer can
+    #: wake while others are made
     is_leaving: bool = False
     #: the peer wants tensors in the memory of its host
     to_host: bool = False

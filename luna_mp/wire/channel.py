@@ -13,13 +13,14 @@ import reprlib
 import struct
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
 
 from luna_mp.deadline import Deadline, Patience, nap
-from luna_mp.errors import Broken, Rejected, TimedOut
+from luna_mp.errors import Broken, LunaError, Rejected, TimedOut
 from luna_mp.wire import codec
 from luna_mp.wire.carrier import Carrier, Fence, Incoming, NoRoom, Outgoing, Token
 from luna_mp.wire.inline import InlineCarrier
@@ -34,6 +35,7 @@ MAX_PICKLED = 64 << 20  # bytes; a prompt of ten thousand words takes a tenth of
 INLINE_BELOW = 32 << 10  # bytes; smaller tensors cost less beside the message than in a segment
 AT_ONCE = 4 << 10  # bytes; so many a Unix socket takes whole or not at all, however small it is
 TURNED_AWAY = "turned away"  # the one key of a message that stands for a closed connection
+MAX_SKIPPED = 1 << 20  # bytes; small tensors, and what tells of copies that were made late
 MESSAGE_SECONDS = 60.0  # for more of a message to arrive once its first byte has
 
 
@@ -171,6 +173,9 @@ class Channel:
             message = codec.loads(pickled, lambda token: self._unpack(token, body), self._discard)
         except _Withdrawn as withdrawn:
             raise withdrawn.why from None
+        except Rejected:
+            body.skip()
+            raise
         finally:
             body.close()
         if body.left or not isinstance(message, dict):
@@ -186,10 +191,7 @@ class Channel:
         self.stream.close()
 
     def _pack(self, tensor: torch.Tensor, out: Outgoing) -> Token:
-        nbytes = tensor.numel() * tensor.itemsize
-        # The peer would refuse it, too, and close before all of it is sent.
-        self._check_size(0, nbytes)
-        is_small = nbytes < INLINE_BELOW and not tensor.is_cuda
+        is_small = tensor.numel() * tensor.itemsize < INLINE_BELOW and not tensor.is_cuda
         for carrier in () if is_small else self._order:
             try:
                 return (carrier.name, *carrier.pack(tensor, out))
@@ -276,6 +278,13 @@ class _Body:
             target[:], self._here = self._here[:size], self._here[size:]
         else:
             self._stream.recv_into(target, self._arrival, is_soon)
+
+    def skip(self) -> None:
+        """Take the rest of a refused message if it is short: who still sends it reads no answer."""
+        if self.left <= MAX_SKIPPED:
+            # The refusal is what there is to tell.
+            with suppress(LunaError):
+                self.read_into(memoryview(bytearray(self.left)))
 
     def take_fd(self) -> int:
         if not self._fds:

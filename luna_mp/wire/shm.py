@@ -95,7 +95,8 @@ class ShmCarrier(Carrier):
         number, segment = self._take(how.nbytes, out)
         segment.set_state(LENT)
         out.undo.append(lambda: segment.set_state(FREE))
-        is_late = out.is_leaving and not source.is_cuda
+        # What is packed is read as soon as it is lent, to be put together.
+        is_late = out.is_leaving and not source.is_cuda and not how.is_packed
         if source.is_cuda:
             off(layout.run_of(how, source), segment.run(how.nbytes), out)
         elif is_late:

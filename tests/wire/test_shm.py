@@ -14,7 +14,7 @@ from luna_mp.wire import shm
 from luna_mp.wire.carrier import NoRoom, Outgoing
 from luna_mp.wire.channel import HEADER
 from luna_mp.wire.shm import ShmCarrier
-from luna_mp.wire.stream import MAX_FDS
+from luna_mp.wire.stream import MAX_FDS, Stream
 from tests.wire.pair import channels, crossed, soon
 
 BIG = 1 << 20  # elements
@@ -130,20 +130,28 @@ def test_a_message_is_on_its_way_while_its_run_is_written(monkeypatch):
 
 
 def test_a_tensor_is_given_out_only_when_its_run_is_written(monkeypatch):
-    write, lend, is_lent = shm._Segment.write, shm._Segment.lend, threading.Event()
+    write, recv_into, is_awaited = shm._Segment.write, Stream.recv_into, threading.Event()
 
-    def lent(self, how):
-        is_lent.set()
-        return lend(self, how)
+    def received(self, target, deadline, is_soon=False):
+        if is_soon:
+            is_awaited.set()
+        recv_into(self, target, deadline, is_soon)
 
     def written(self, how, source):
-        assert is_lent.wait(10)
+        assert is_awaited.wait(10)
         write(self, how, source)
 
-    monkeypatch.setattr(shm._Segment, "lend", lent)
-    monkeypatch.setattr(shm._Segment, "write", written)
     with channels(ShmCarrier) as (left, right):
+        crossed(left, right, torch.zeros(BIG))
+        monkeypatch.setattr(Stream, "recv_into", received)
+        monkeypatch.setattr(shm._Segment, "write", written)
         assert crossed(left, right, torch.ones(BIG)).sum() == BIG
+
+
+def test_what_is_put_together_on_arrival_is_written_before_it_leaves():
+    with channels(ShmCarrier) as (left, _):
+        gaps = torch.ones(BIG, 2)[:, 0]
+        assert left.pack({"value": gaps}, is_leaving=True).out.late == []
 
 
 def test_a_sender_that_ends_while_it_writes_has_sent_nothing(monkeypatch):
@@ -173,8 +181,23 @@ def test_a_run_whose_end_is_not_told_is_refused():
             right.recv(soon())
 
 
-def test_a_tensor_over_the_limit_is_refused_before_anything_of_it_is_sent():
-    with channels(ShmCarrier, limit=BIG) as (left, right):
-        with pytest.raises(Rejected, match="the limit is 1048576"):
-            left.send({"value": torch.ones(BIG)}, soon())
-        assert not right.stream.is_readable(0.0)
+@pytest.mark.parametrize("beside", [0, 1000], ids=["alone", "beside another"])
+def test_a_sender_that_still_writes_reads_why_it_is_refused(monkeypatch, beside):
+    write, is_refused = shm._Segment.write, threading.Event()
+
+    def refused(text, limit):
+        is_refused.set()
+        raise Rejected("too much")
+
+    def written(self, how, source):
+        assert is_refused.wait(10)
+        write(self, how, source)
+
+    monkeypatch.setattr(shm.layout, "parse", refused)
+    monkeypatch.setattr(shm._Segment, "write", written)
+    with channels(ShmCarrier) as (left, right):
+        with pytest.raises(Rejected, match="too much"):
+            crossed(left, right, [torch.ones(BIG), torch.ones(beside)])
+        right.send({"error": "too much"}, soon())
+        right.close()
+        assert left.recv(soon()) == {"error": "too much"}
