@@ -20,6 +20,8 @@ from functools import partial
 from multiprocessing import managers
 from typing import Any
 
+import torch
+
 from luna_mp.calls import Calls, Exposed, OnFault
 from luna_mp.deadline import Deadline
 from luna_mp.errors import LunaError, Unavailable
@@ -235,6 +237,7 @@ class Server(managers.Server):
             with self._idle:
                 self._handshakes -= 1
 
+    @torch.inference_mode()  # for all calls: to enter it takes a good part of what a call does
     def _serve(self, calls: Calls) -> None:
         thread = threading.current_thread()
         while not self._stop.is_set():

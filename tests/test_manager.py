@@ -27,11 +27,15 @@ def echo(call, *args, **kwargs):
     return [*args, kwargs]
 
 
+def is_inference(call):
+    return torch.is_inference_mode_enabled()
+
+
 def fail(call):
     raise ZeroDivisionError("of the model")
 
 
-EXPOSED = {"echo": echo, "fail": fail}
+EXPOSED = {"echo": echo, "fail": fail, "is_inference": is_inference}
 
 
 @pytest.fixture(params=["local", "tcp"])
@@ -56,6 +60,10 @@ def test_arguments_and_results_cross(client):
     value, (returned, number), kwargs = call(client, "echo", "x", (tensor, 3), key=None)
     assert (value, number, kwargs) == ("x", 3, {"key": None})
     assert_same(returned, tensor)
+
+
+def test_calls_are_made_in_inference_mode(client):
+    assert call(client, "is_inference")
 
 
 def test_carrier_follows_the_address(client, server):

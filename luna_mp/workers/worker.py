@@ -22,8 +22,6 @@ class Worker(Generic[M]):
     def __init__(self, library: Library[M]) -> None:
         self.library = library
         self.flight = SingleFlight()
-        #: for whoever has the turn: to make one takes longer than to enter it
-        self.inference = torch.inference_mode()
 
     @property
     def device(self) -> torch.device:
@@ -73,7 +71,7 @@ class Worker(Generic[M]):
 
 
 class _Turn:
-    """The lock, and inference mode and the device, which belong to this thread."""
+    """The lock, and the device, which belongs to this thread."""
 
     def __init__(self, worker: Worker[Any], call: Call) -> None:
         self._worker = worker
@@ -83,7 +81,6 @@ class _Turn:
         if (stream := self._worker.stream) is not None:
             torch.cuda.set_device(stream.device_index)
         self._ticket = self._worker.flight.enter(self._call)
-        self._worker.inference.__enter__()
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         try:
@@ -92,5 +89,4 @@ class _Turn:
                 # Before the next in line queues its own: this work alone is waited for.
                 self._call.after = self._worker.stream.record_event()
         finally:
-            self._worker.inference.__exit__(kind, error, trace)
             self._worker.flight.leave(self._ticket)

@@ -46,8 +46,8 @@ class FakeCall:
 
 
 def called(work, *args, **options):
-    """What one call gives, from its beginning to its end."""
-    with FakeCall() as call:
+    """What one call gives, from its beginning to its end, on a thread like a connection's."""
+    with torch.inference_mode(), FakeCall() as call:
         return work(call, *args, **options)
 
 
