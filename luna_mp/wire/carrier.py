@@ -31,7 +31,7 @@ class CarrierFailed(Broken):
     """Raised by a client that cannot open what came; the call is made again by another carrier."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Outgoing:
     """What travels beside the pickled part of one message."""
 

@@ -250,6 +250,8 @@ class Packed(NamedTuple):
 class _Body:
     """What came with one message; its inline part is read piece by piece straight into tensors."""
 
+    __slots__ = ("_arrival", "_deadline", "_fds", "_here", "_stream", "left", "limit", "to_host")
+
     def __init__(
         self,
         stream: Stream,
