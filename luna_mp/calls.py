@@ -128,6 +128,7 @@ class Calls:
         except Rejected as exc:
             if is_gpu_fault(exc.__cause__):
                 self._give_up(exc.__cause__)
+            self._channel.skip()
             # What follows cannot be told from the rest of the bad message.
             self._channel.send(_failure(exc), Deadline(REFUSAL_SECONDS, "a refusal"))
             raise

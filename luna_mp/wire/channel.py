@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from luna_mp.deadline import Deadline, Patience, nap
-from luna_mp.errors import Broken, LunaError, Rejected, TimedOut
+from luna_mp.errors import Broken, Rejected, TimedOut
 from luna_mp.wire import codec
 from luna_mp.wire.carrier import Carrier, Fence, Incoming, NoRoom, Outgoing, Token
 from luna_mp.wire.inline import InlineCarrier
@@ -35,7 +35,7 @@ MAX_PICKLED = 64 << 20  # bytes; a prompt of ten thousand words takes a tenth of
 INLINE_BELOW = 32 << 10  # bytes; smaller tensors cost less beside the message than in a segment
 AT_ONCE = 4 << 10  # bytes; so many a Unix socket takes whole or not at all, however small it is
 TURNED_AWAY = "turned away"  # the one key of a message that stands for a closed connection
-MAX_SKIPPED = 1 << 20  # bytes; small tensors, and what tells of copies that were made late
+SKIPPED_AT_ONCE = 1 << 20  # bytes of a message that is refused
 MESSAGE_SECONDS = 60.0  # for more of a message to arrive once its first byte has
 
 
@@ -52,6 +52,7 @@ class Channel:
         self._order: list[Carrier] = []
         #: what gives back what carriers took for the last message, should it never be read
         self._sent: list[Callable[[], None]] = []
+        self._refused: _Body | None = None
         self._more = f"more of a message from {stream.peer}"
 
     def __repr__(self) -> str:
@@ -174,7 +175,7 @@ class Channel:
         except _Withdrawn as withdrawn:
             raise withdrawn.why from None
         except Rejected:
-            body.skip()
+            self._refused = body
             raise
         finally:
             body.close()
@@ -183,6 +184,13 @@ class Channel:
         if TURNED_AWAY in message:
             raise NeverRead(f"{self.stream.peer}: {message[TURNED_AWAY]}")
         return message
+
+    def skip(self) -> None:
+        """Take the rest of a message that `recv` refused: who still sends it reads no answer."""
+        if self._refused is not None:
+            # The refusal is what there is to tell, if to anybody.
+            with suppress(Broken, TimedOut):
+                self._refused.skip()
 
     def close(self) -> None:
         self._sent = []
@@ -282,11 +290,9 @@ class _Body:
             self._stream.recv_into(target, self._arrival, is_soon)
 
     def skip(self) -> None:
-        """Take the rest of a refused message if it is short: who still sends it reads no answer."""
-        if self.left <= MAX_SKIPPED:
-            # The refusal is what there is to tell.
-            with suppress(LunaError):
-                self.read_into(memoryview(bytearray(self.left)))
+        """Read all that is left, and keep nothing of it."""
+        while self.left:
+            self.read_into(memoryview(bytearray(min(self.left, SKIPPED_AT_ONCE))))
 
     def take_fd(self) -> int:
         if not self._fds:

@@ -17,7 +17,10 @@ __all__ = ("Worker",)
 
 
 class Worker(Generic[M]):
-    """Every exposed method takes the call first; results are data and tensors."""
+    """Every exposed method takes the call first; results are data and tensors.
+
+    Arguments were made, and methods are called, in `torch.inference_mode()`.
+    """
 
     def __init__(self, library: Library[M]) -> None:
         self.library = library

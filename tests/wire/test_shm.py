@@ -181,7 +181,7 @@ def test_a_run_whose_end_is_not_told_is_refused():
             right.recv(soon())
 
 
-@pytest.mark.parametrize("beside", [0, 1000], ids=["alone", "beside another"])
+@pytest.mark.parametrize("beside", [0, 40 * SMALL], ids=["alone", "beside what goes inline"])
 def test_a_sender_that_still_writes_reads_why_it_is_refused(monkeypatch, beside):
     write, is_refused = shm._Segment.write, threading.Event()
 
@@ -196,8 +196,13 @@ def test_a_sender_that_still_writes_reads_why_it_is_refused(monkeypatch, beside)
     monkeypatch.setattr(shm.layout, "parse", refused)
     monkeypatch.setattr(shm._Segment, "write", written)
     with channels(ShmCarrier) as (left, right):
+        message = {"value": [torch.ones(BIG), *torch.ones(beside).split(SMALL)]}
+        sender = threading.Thread(target=left.send, args=(message, soon()))
+        sender.start()
         with pytest.raises(Rejected, match="too much"):
-            crossed(left, right, [torch.ones(BIG), torch.ones(beside)])
+            right.recv(soon())
+        right.skip()
         right.send({"error": "too much"}, soon())
         right.close()
+        sender.join()
         assert left.recv(soon()) == {"error": "too much"}
