@@ -90,16 +90,15 @@ def describe(tensor: torch.Tensor) -> tuple[Layout, torch.Tensor]:
     operation takes torch tens of microseconds when it was busy with other things before.
     """
     _check_sendable(tensor)
-    if tensor.is_conj() or tensor.is_neg():
-        tensor = tensor.resolve_conj().resolve_neg()
     stride = tensor.stride()
     layout = layout_of(tensor.dtype, tensor.shape, stride)
-    if layout.span <= tensor.numel():
+    if layout.span <= tensor.numel() and not (tensor.is_conj() or tensor.is_neg()):
         return layout, tensor
-    # A view with gaps: what lies in the gaps is nobody's business, and may be large.
+    # A view with other values than its memory, or with gaps: what lies in those is nobody's
+    # business, and may be large.
     layout = layout_of(tensor.dtype, tensor.shape, stride, True)
     once = tensor.detach().as_strided(_without_repeats(layout.shape, stride), stride)
-    return layout, once.contiguous()
+    return layout, once.resolve_conj().resolve_neg().contiguous()
 
 
 def run_of(layout: Layout, tensor: torch.Tensor) -> torch.Tensor:
