@@ -11,7 +11,7 @@ import torch
 
 from luna_mp.errors import Broken
 
-__all__ = ("Carrier", "CarrierFailed", "Fence", "Incoming", "NoRoom", "Outgoing")
+__all__ = ("Carrier", "CarrierFailed", "Fence", "Incoming", "NoRoom", "Outgoing", "take_back")
 
 Token = tuple[Any, ...]
 
@@ -53,8 +53,13 @@ class Outgoing:
 
     def take_back(self) -> None:
         """It never leaves: give back what carriers took for it, once."""
-        while self.undo:
-            self.undo.pop()()
+        take_back(self.undo)
+
+
+def take_back(undo: list[Callable[[], None]]) -> None:
+    """Do each of these once, the last first."""
+    while undo:
+        undo.pop()()
 
 
 class Incoming(Protocol):

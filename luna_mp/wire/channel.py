@@ -22,7 +22,7 @@ import torch
 from luna_mp.deadline import Deadline, Patience, nap
 from luna_mp.errors import Broken, Rejected, TimedOut
 from luna_mp.wire import codec
-from luna_mp.wire.carrier import Carrier, Fence, Incoming, NoRoom, Outgoing, Token
+from luna_mp.wire.carrier import Carrier, Fence, Incoming, NoRoom, Outgoing, Token, take_back
 from luna_mp.wire.inline import InlineCarrier
 from luna_mp.wire.stream import CLIENT_SPIN, NeverRead, Stream
 
@@ -94,8 +94,9 @@ class Channel:
         """Make one message ready. `Unsendable` and `Rejected` leave the channel as it was.
 
         Tensors of a GPU are sent as they will be when the work queued so far is done; that is
-        waited for here if the message `is_leaving`, else when it is completed. `to_host`: the peer
-        wants them in the memory of the host.
+        waited for here if the message `is_leaving`, else when it is completed. Those of the host
+        may be read until an `is_leaving` message is sent. `to_host`: the peer wants them in the
+        memory of the host.
         """
         out = Outgoing(is_leaving, to_host)
         try:
@@ -159,8 +160,7 @@ class Channel:
         try:
             header = self.stream.recv_header(HEADER.size, deadline)
         except NeverRead:
-            for undo in reversed(self._sent):
-                undo()
+            take_back(self._sent)
             raise
         pickled_size, inline_size = HEADER.unpack(header)
         self._check_size(pickled_size, inline_size)
@@ -291,8 +291,9 @@ class _Body:
 
     def skip(self) -> None:
         """Read all that is left, and keep nothing of it."""
+        space = memoryview(bytearray(min(self.left, SKIPPED_AT_ONCE)))
         while self.left:
-            self.read_into(memoryview(bytearray(min(self.left, SKIPPED_AT_ONCE))))
+            self.read_into(space[: self.left])
 
     def take_fd(self) -> int:
         if not self._fds:
