@@ -16,6 +16,7 @@ from luna_mp.faults import is_gpu_fault, is_out_of_memory
 from luna_mp.sessions import Sessions
 from luna_mp.supervisor import Supervisor
 from luna_mp.wire.carrier import Carrier
+from luna_mp.wire.channel import HEADER, Channel
 from luna_mp.wire.stream import Stream
 from luna_mp.workers.vae import VaeWorker
 from tests.helpers import calls_over, endpoint, request, served, wait_until
@@ -156,6 +157,19 @@ def test_a_fault_is_noted_wherever_it_shows_before_the_client_is_told(message, p
     assert [str(fault) for fault in noted] == [GPU_FAULT]
     assert "lost its GPU" in reply["error"]
     assert "illegal memory access" in reply["traceback"]
+
+
+def test_a_fault_is_noted_before_the_rest_of_its_request_is_awaited(monkeypatch):
+    monkeypatch.setattr(Channel, "skip", lambda self: pytest.fail("the rest was awaited"))
+    noted = []
+    with channels() as (left, right):
+        left.use(FaultyCarrier())
+        right.use(FaultyCarrier("unpack"))
+        pickled = left.pack(request("echo", torch.zeros(BIG))).data[HEADER.size :]
+        left.stream.send([HEADER.pack(len(pickled), 1) + pickled], soon())
+        with pytest.raises(errors.RemoteFailure, match=LOST):
+            calls_over(right, EXPOSED, Sessions(), FaultyExporter(), noted.append).next()
+    assert [str(fault) for fault in noted] == [GPU_FAULT]
 
 
 def test_a_fault_that_shows_while_the_next_request_is_awaited_is_noted():
