@@ -198,13 +198,6 @@ class Endpoint:
         return self._alive() or self._reconnect(deadline)
 
     def _alive(self) -> Channel | None:
-        with self._lock:
-            if self._is_closed:
-                raise Unavailable(f"this client of the {self.role} service was closed")
-            if self._pid != os.getpid():
-                # A fork shares its parent's sockets; what it reads there is the parent's.
-                self._idle, self._pid = [], os.getpid()
-                self.client_id = uuid.uuid4().hex
         while channel := self._pop():
             if not channel.stream.peer_has_gone:
                 return channel
@@ -213,6 +206,12 @@ class Endpoint:
 
     def _pop(self) -> Channel | None:
         with self._lock:
+            if self._is_closed:
+                raise Unavailable(f"this client of the {self.role} service was closed")
+            if self._pid != os.getpid():
+                # A fork shares its parent's sockets; what it reads there is the parent's.
+                self._idle, self._pid = [], os.getpid()
+                self.client_id = uuid.uuid4().hex
             return self._idle.pop() if self._idle else None
 
     def _give_back(self, channel: Channel) -> None:

@@ -131,7 +131,8 @@ def test_client_that_goes_as_it_is_answered_is_sent_nothing_more(connection, mon
     send_at_once = stream.send_at_once
 
     def goes(self, data, deadline):
-        connection.client.close()
+        if self is connection.service.stream:
+            connection.client.close()
         return send_at_once(self, data, deadline)
 
     monkeypatch.setattr(stream, "send_at_once", goes)

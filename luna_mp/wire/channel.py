@@ -50,6 +50,8 @@ class Channel:
         self._carriers: dict[str, Carrier] = {"inline": self._inline}
         # The fastest first; inline, which takes everything, is the last resort.
         self._order: list[Carrier] = []
+        #: name of the fastest carrier in use; small tensors of the host go inline all the same
+        self.carrier = "inline"
         #: what gives back what carriers took for the last message, should it never be read
         self._sent: list[Callable[[], None]] = []
         self._refused: _Body | None = None
@@ -69,19 +71,18 @@ class Channel:
     ) -> None:
         self.close()
 
-    @property
-    def carrier(self) -> str:
-        """Name of the fastest carrier in use; small tensors of the host go inline all the same."""
-        return self._order[0].name if self._order else "inline"
-
     def use(self, carrier: Carrier) -> None:
         """Prefer `carrier` from now on, and understand what comes by it."""
         self._carriers[carrier.name] = carrier
-        self._order.insert(0, carrier)
+        self._prefer([carrier, *self._order])
 
     def demote(self, name: str) -> None:
         """Send no more by that carrier; what is still under way by it is understood."""
-        self._order = [carrier for carrier in self._order if carrier.name != name]
+        self._prefer([carrier for carrier in self._order if carrier.name != name])
+
+    def _prefer(self, order: list[Carrier]) -> None:
+        self._order = order
+        self.carrier = order[0].name if order else "inline"
 
     def settle(self, after: Fence | None) -> None:
         """What was received is in use until the work behind `after` is done."""
@@ -131,10 +132,10 @@ class Channel:
                 for step in out.late:
                     step()
                 self.stream.send(out.parts, deadline)
-            elif not at_once:
+            elif out.parts or out.fds or not self.stream.send_at_once(packed.data, deadline):
+                if at_once:
+                    return False
                 self.stream.send([packed.data, *out.parts], deadline, out.fds)
-            elif not self.stream.send_at_once(packed.data, deadline):
-                return False
         except BaseException:  # also an interrupt leaves nothing taken
             out.take_back()
             raise
@@ -167,8 +168,7 @@ class Channel:
         arrival = deadline
         if pickled_size + inline_size > self.stream.ahead:
             arrival = Patience(MESSAGE_SECONDS, self._more, deadline.pause)
-        pickled = bytearray(pickled_size)
-        self.stream.recv_into(pickled, arrival)
+        pickled = self.stream.read(pickled_size, arrival)
         body = _Body(self.stream, inline_size, deadline, arrival, self.max_message, to_host)
         try:
             message = codec.loads(pickled, lambda token: self._unpack(token, body), self._discard)

@@ -46,15 +46,36 @@ class _Foreign(Exception):
     """Raised with an object that cannot be sent, and why."""
 
 
-class _Pickler(pickle.Pickler):
-    """Writes to its own file; `pack` and `packed` are those of the message under way."""
+class _HasTensor(Exception):
+    """Raised at the first tensor of a message that was thought to have none."""
 
-    pack: Callable[[torch.Tensor], object]
-    packed: dict[int, object]
+
+class _Pickler(pickle.Pickler):
+    """Writes to its own file messages without tensors, and asks Python about nothing of those."""
 
     def __init__(self) -> None:
         self.file = io.BytesIO()
         super().__init__(self.file, protocol=5)
+
+    def written(self, message: Mapping[str, Any]) -> bytes:
+        self.dump(message)
+        pickled = self.file.getvalue()
+        self.clear_memo()
+        self.file.seek(0)
+        self.file.truncate()
+        return pickled
+
+    def reducer_override(self, obj: Any) -> NoReturn:
+        if isinstance(obj, torch.Tensor):
+            raise _HasTensor
+        raise _Foreign(obj, f"{type(obj).__name__}: only data and tensors can be sent")
+
+
+class _TensorPickler(_Pickler):
+    """Asks about each object; `pack` and `packed` are those of the message under way."""
+
+    pack: Callable[[torch.Tensor], object]
+    packed: dict[int, object]
 
     def persistent_id(self, obj: Any) -> object:
         if type(obj) in _PLAIN or not isinstance(obj, torch.Tensor):
@@ -67,9 +88,6 @@ class _Pickler(pickle.Pickler):
             except Unsendable as exc:
                 raise _Foreign(obj, str(exc)) from exc
         return self.packed[key]
-
-    def reducer_override(self, obj: Any) -> NoReturn:
-        raise _Foreign(obj, f"{type(obj).__name__}: only data and tensors can be sent")
 
 
 class _Unpickler(pickle.Unpickler):
@@ -91,7 +109,10 @@ class Writer:
     """Pickles one message after the other: to make a pickler takes longer than to use it."""
 
     def __init__(self) -> None:
-        self._kept: _Pickler | None = None
+        self._plain: _Pickler | None = None
+        self._with_tensors: _TensorPickler | None = None
+        #: of the last message; the next one is like it, most often
+        self._had_tensors = False
 
     def dumps(self, message: Mapping[str, Any], pack: Callable[[torch.Tensor], object]) -> bytes:
         """Pickle a message; `pack` gives each tensor's token.
@@ -99,30 +120,40 @@ class Writer:
         Raises `Unsendable` with the path to the first value that is not data.
         """
         try:
-            return self._dumped(message, pack)
+            pickled = None if self._had_tensors else self._dumped_plain(message)
+            return self._dumped(message, pack) if pickled is None else pickled
         except RecursionError as exc:
             raise Unsendable("a value is nested too deeply to be sent") from exc
         except _Foreign as exc:
             culprit, why = exc.args
             raise Unsendable(f"{_path_to(culprit, message)}: {why}") from exc
 
-    def _dumped(self, message: Mapping[str, Any], pack: Callable[[torch.Tensor], object]) -> bytes:
-        # One that fails is not kept, for what it holds; nor is one that large messages made slow.
-        pickler, self._kept = self._kept or _Pickler(), None
-        pickler.pack, pickler.packed = pack, {}
-        pickler.dump(message)
-        pickled = pickler.file.getvalue()
-        pickler.clear_memo()
-        del pickler.pack, pickler.packed
-        pickler.file.seek(0)
-        pickler.file.truncate()
+    # A pickler that fails is not kept, for what it holds; nor is one that large messages made slow.
+
+    def _dumped_plain(self, message: Mapping[str, Any]) -> bytes | None:
+        """None where it has a tensor."""
+        pickler, self._plain = self._plain or _Pickler(), None
+        try:
+            pickled = pickler.written(message)
+        except _HasTensor:
+            return None
         if len(pickled) <= KEPT_UP_TO:
-            self._kept = pickler
+            self._plain = pickler
+        return pickled
+
+    def _dumped(self, message: Mapping[str, Any], pack: Callable[[torch.Tensor], object]) -> bytes:
+        pickler, self._with_tensors = self._with_tensors or _TensorPickler(), None
+        pickler.pack, pickler.packed = pack, {}
+        pickled = pickler.written(message)
+        self._had_tensors = bool(pickler.packed)
+        del pickler.pack, pickler.packed
+        if len(pickled) <= KEPT_UP_TO:
+            self._with_tensors = pickler
         return pickled
 
 
 def loads(
-    payload: bytes | bytearray,
+    payload: bytes | bytearray | memoryview,
     unpack: Callable[[Any], torch.Tensor],
     discard: Callable[[Any], None] = lambda token: None,
 ) -> Any:
@@ -143,7 +174,9 @@ def loads(
         raise
 
 
-def _reader(payload: bytes | bytearray, unpack: Callable[[Any], torch.Tensor]) -> _Unpickler:
+def _reader(
+    payload: bytes | bytearray | memoryview, unpack: Callable[[Any], torch.Tensor]
+) -> _Unpickler:
     # Each message makes one; a constructor in Python would be a good part of what that takes.
     reader = _Unpickler(io.BytesIO(payload))
     reader.unpack, reader.unpacked = unpack, []
@@ -157,7 +190,9 @@ def _forget(error: BaseException) -> None:
             traceback.clear_frames(each.__traceback__)
 
 
-def _discard_from(first: int, payload: bytes | bytearray, discard: Callable[[Any], None]) -> None:
+def _discard_from(
+    first: int, payload: bytes | bytearray | memoryview, discard: Callable[[Any], None]
+) -> None:
     numbers = itertools.count()
 
     def skip(token: Any) -> torch.Tensor:

@@ -85,7 +85,7 @@ class Exporter:
 
         Callers hold the service's lock until it is exported.
         """
-        with self._pool_lock, torch.cuda.use_mem_pool(self._pool):
+        with self._pool_lock, self._results():
             made = step()
         self._placed = reductions.StorageWeakRef(made.untyped_storage())
         return made
@@ -94,9 +94,10 @@ class Exporter:
         """Token for a result, ready when the work that is queued on the current stream is done."""
         how, source = layout.describe(tensor)
         with self._pool_lock:
-            if not self._is_placed(source, how.nbytes):
-                source = self._copied(layout.run_of(how, source))
             storage = source.untyped_storage()
+            is_whole = not source.storage_offset() and how.nbytes == storage.nbytes()
+            if not (self._is_placed(storage) and is_whole):
+                storage = self._copied(layout.run_of(how, source)).untyped_storage()
             # Asked before: the event that torch records now is work, too, for some microseconds.
             is_ready = self.is_done()
             # What `reduce_tensor` calls; the rest of it, which finds a storage that was sent
@@ -116,15 +117,18 @@ class Exporter:
         """
         return self._of_calls.query() and self._beside.query()
 
-    def _is_placed(self, source: torch.Tensor, nbytes: int) -> bool:
+    def _is_placed(self, storage: torch.UntypedStorage) -> bool:
         """Once for each: a tensor that was exported before is somebody's."""
         placed, self._placed = self._placed, None
-        storage = source.untyped_storage()
-        is_whole = not source.storage_offset() and nbytes == storage.nbytes()
-        return placed is not None and placed.cdata == storage._cdata and is_whole
+        return placed is not None and placed.cdata == storage._cdata
+
+    def _results(self) -> AbstractContextManager[None]:
+        """Within, this thread's memory is taken from that of results."""
+        # Without the index torch would ask for the current device, each time.
+        return torch.cuda.use_mem_pool(self._pool, self.device.index)
 
     def _copied(self, run: torch.Tensor) -> torch.Tensor:
-        with torch.cuda.use_mem_pool(self._pool):
+        with self._results():
             fresh = torch.empty_like(run)
         return fresh.copy_(run)
 

@@ -91,7 +91,7 @@ class _Foreign:
             "data": (address, False),
             "shape": how.shape,
             "typestr": FLOATS.get(how.dtype) or BY_SIZE[how.itemsize],
-            "strides": tuple([step * how.itemsize for step in how.stride]),
+            "strides": how.steps,
             "version": 3,
         }
 

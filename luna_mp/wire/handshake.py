@@ -197,10 +197,8 @@ def _send(stream: Stream, message: dict[str, Any], deadline: Deadline) -> None:
 
 
 def _recv(stream: Stream, deadline: Deadline) -> dict[str, Any]:
-    header = bytearray(LENGTH.size)
-    stream.recv_into(header, deadline)
-    data = bytearray(LENGTH.unpack(header)[0])
-    stream.recv_into(data, deadline)
+    size = LENGTH.unpack(stream.read(LENGTH.size, deadline))[0]
+    data = bytes(stream.read(size, deadline))
     try:
         message = json.loads(data)
     except (ValueError, RecursionError) as exc:

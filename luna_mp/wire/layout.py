@@ -61,6 +61,8 @@ class Layout(NamedTuple):
     nbytes: int
     #: as it crosses, for `parse`: dtype, shape and strides, and whether it is packed
     text: str
+    #: of `stride`, in bytes
+    steps: tuple[int, ...]
 
 
 @lru_cache(maxsize=REMEMBERED)
@@ -80,7 +82,8 @@ def _layout(dtype: str, shape: tuple[int, ...], stride: tuple[int, ...], is_pack
     size = math.prod(_without_repeats(shape, stride)) if is_packed else span
     numbers = (",".join(map(str, each)) for each in (shape, stride))
     text = ":".join((dtype, *numbers, *((PACKED,) if is_packed else ())))
-    return Layout(dtype, shape, stride, is_packed, itemsize, span, size * itemsize, text)
+    steps = tuple([step * itemsize for step in stride])
+    return Layout(dtype, shape, stride, is_packed, itemsize, span, size * itemsize, text, steps)
 
 
 def describe(tensor: torch.Tensor) -> tuple[Layout, torch.Tensor]:

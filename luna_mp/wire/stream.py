@@ -121,8 +121,17 @@ class Stream:
         except OSError as exc:
             raise _translated(exc, self.peer, deadline) from exc
         if sent < len(data):
-            self.send([data[sent:]], deadline)
+            self.send([memoryview(data)[sent:]], deadline)
         return True
+
+    def read(self, size: int, deadline: Deadline) -> Buffer:
+        """So many bytes, valid until the next header is read; raises `Broken` as `recv_into`."""
+        if size <= len(self._ahead):
+            here, self._ahead = self._ahead[:size], self._ahead[size:]
+            return here
+        target = bytearray(size)
+        self.recv_into(target, deadline)
+        return target
 
     def recv_into(
         self, target: bytearray | memoryview, deadline: Deadline, is_soon: bool = False
