@@ -30,7 +30,6 @@ from contextlib import AbstractContextManager, suppress
 from functools import cached_property, lru_cache
 
 import torch
-from torch.multiprocessing import reductions
 
 from luna_mp.errors import Rejected
 from luna_mp.wire import layout
@@ -67,8 +66,8 @@ class Exporter:
         # Probes export beside calls, and a pool serves one thread at a time.
         self._pool_lock = threading.Lock()
         self.book.when_idle = self._renew_pool
-        #: storage of what was made in the pool last, and is not exported yet
-        self._placed: reductions.StorageWeakRef | None = None
+        #: where that lies which was made in the pool last, and is not exported yet
+        self._placed = 0
         self._beside = torch.cuda.Stream(device)
         self._of_calls = torch.cuda.default_stream(device)
 
@@ -87,7 +86,7 @@ class Exporter:
         """
         with self._pool_lock, self._results():
             made = step()
-        self._placed = reductions.StorageWeakRef(made.untyped_storage())
+        self._placed = made.data_ptr()
         return made
 
     def export(self, tensor: torch.Tensor, owner: Owner, out: Outgoing) -> Token:
@@ -95,8 +94,7 @@ class Exporter:
         how, source = layout.describe(tensor)
         with self._pool_lock:
             storage = source.untyped_storage()
-            is_whole = not source.storage_offset() and how.nbytes == storage.nbytes()
-            if not (self._is_placed(storage) and is_whole):
+            if not (self._is_placed(source) and how.nbytes == storage.nbytes()):
                 storage = self._copied(layout.run_of(how, source)).untyped_storage()
             # Asked before: the event that torch records now is work, too, for some microseconds.
             is_ready = self.is_done()
@@ -117,10 +115,13 @@ class Exporter:
         """
         return self._of_calls.query() and self._beside.query()
 
-    def _is_placed(self, storage: torch.UntypedStorage) -> bool:
-        """Once for each: a tensor that was exported before is somebody's."""
-        placed, self._placed = self._placed, None
-        return placed is not None and placed.cdata == storage._cdata
+    def _is_placed(self, source: torch.Tensor) -> bool:
+        """Once for each: a tensor that was exported before is somebody's.
+
+        The address is enough: the pool gives it to nothing else before the next export.
+        """
+        placed, self._placed = self._placed, 0
+        return placed == source.data_ptr()
 
     def _results(self) -> AbstractContextManager[None]:
         """Within, this thread's memory is taken from that of results."""
@@ -135,7 +136,7 @@ class Exporter:
     def _renew_pool(self) -> None:
         """Nothing is leased: give the pool's memory back to the card, which it does only whole."""
         with self._pool_lock:
-            self._pool = self._new_pool()
+            self._pool, self._placed = self._new_pool(), 0
 
     def _new_pool(self) -> _Pool:
         # It belongs to the current device, which is another one in the thread of the lease book.

@@ -76,6 +76,21 @@ def test_tensors_of_a_message_are_not_kept():
     assert gone() is None
 
 
+def test_messages_with_and_without_tensors_follow_each_other():
+    writer, tensor = codec.Writer(), torch.zeros(1)
+    sent = [1, [tensor], 2, tensor, (tensor, 3), {4}, "x" * (1 << 15), tensor, tensor, None]
+    written = [writer.dumps({"value": value}, lambda _: "token") for value in sent]
+    assert [codec.loads(data, lambda _: tensor)["value"] for data in written] == sent
+
+
+def test_message_that_is_refused_at_once_or_after_a_tensor_leaves_the_next_one_whole():
+    writer = codec.Writer()
+    for value in ([object()], [torch.zeros(1), object()], [object()]):
+        with pytest.raises(Unsendable, match="object"):
+            writer.dumps({"value": value}, lambda _: "token")
+        assert codec.loads(writer.dumps({"value": 1}, no_tensor), no_tensor) == {"value": 1}
+
+
 def test_tensor_in_two_messages_crosses_twice():
     writer, tensor, packed = codec.Writer(), torch.zeros(1), []
     for _ in range(2):
