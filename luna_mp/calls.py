@@ -47,7 +47,7 @@ class Call:
         session: Session,
         answerer: Answerer,
         method: str,
-        seconds: float,
+        deadline: Deadline,
         to_host: bool,
     ) -> None:
         self._stream = channel.stream
@@ -61,7 +61,7 @@ class Call:
         self.is_answered = False
         #: why an answer that left early did not arrive
         self.lost: LunaError | None = None
-        self.deadline = Deadline(seconds, f"{method} for client {self.client[:8]}")
+        self.deadline = deadline
         self._held: AbstractContextManager[Any] | None = None
 
     def __enter__(self) -> Call:
@@ -114,6 +114,7 @@ class Calls:
         self._sessions = sessions
         self._answerer = answerer
         self._on_fault = on_fault
+        self._whose = f" for client {session.identity.client_id[:8]}"
         self._taking = f"{channel.stream.peer} taking more of its reply"
 
     def next(self) -> dict[str, Any] | None:
@@ -258,9 +259,9 @@ class Calls:
                 f"{method!r:.60} is not a call that {self._name} takes from "
                 f"{self._session.origin}; it takes {', '.join(sorted(self._exposed))}"
             )
-        seconds = min(max(seconds, 0.0), MAX_CALL_SECONDS)
+        deadline = Deadline(min(max(seconds, 0.0), MAX_CALL_SECONDS), method + self._whose)
         to_host = request.get("to_host") is True
-        return Call(self._channel, self._session, self._answerer, method, seconds, to_host)
+        return Call(self._channel, self._session, self._answerer, method, deadline, to_host)
 
 
 def _failure(exc: Exception) -> dict[str, Any]:

@@ -102,12 +102,12 @@ class Channel:
         out = Outgoing(is_leaving, to_host)
         try:
             pickled = self._writer.dumps(message, lambda tensor: self._pack(tensor, out))
-            sizes = (len(pickled), sum([part.nbytes for part in out.parts]))
-            self._check_size(*sizes)
+            inline_size = sum([part.nbytes for part in out.parts]) if out.parts else 0
+            self._check_size(len(pickled), inline_size)
         except BaseException:  # also an interrupt leaves nothing taken
             out.take_back()
             raise
-        return Packed(message, HEADER.pack(*sizes) + pickled, out)
+        return Packed(message, HEADER.pack(len(pickled), inline_size) + pickled, out)
 
     def send_at_once(self, packed: Packed, deadline: Deadline) -> bool:
         """Send a message if it can leave now, with nothing to wait for or to settle first."""
@@ -146,7 +146,7 @@ class Channel:
         """Pack, complete and send one message."""
         packed = self.pack(message, is_leaving=True)
         packed.complete()
-        self.send_packed(packed, deadline)
+        self._send(packed, deadline)
 
     def turn_away(self, why: str, deadline: Deadline) -> None:
         """Tell the peer that its message is as good as never read; its `recv` says `NeverRead`."""

@@ -151,8 +151,11 @@ class Stream:
                 raise self._ended(exc, is_begun=True) from exc
             deadline.progress()
 
-    def recv_header(self, size: int, deadline: Deadline) -> bytes:
-        """Read the `size` bytes that open a message, and keep the descriptors that come along."""
+    def recv_header(self, size: int, deadline: Deadline) -> memoryview:
+        """Read the `size` bytes that open a message, and keep the descriptors that come along.
+
+        They are valid until the next header is read.
+        """
         if self._error is not None:
             raise _translated(self._error, self.peer, deadline) from self._error
         if have := len(self._ahead):
@@ -165,7 +168,7 @@ class Stream:
             except Broken as exc:
                 raise self._ended(exc, is_begun=have > 0) from exc
         self._ahead = self._buffer[size:have]
-        return bytes(self._buffer[:size])
+        return self._buffer[:size]
 
     def _ended(self, exc: Broken, is_begun: bool) -> Broken:
         """What the end of the peer means for the last message; `is_begun`: an answer had begun."""
