@@ -84,9 +84,11 @@ class Exporter:
 
         Callers hold the service's lock until it is exported.
         """
-        with self._pool_lock, self._results():
-            made = step()
-        self._placed = made.data_ptr()
+        with self._pool_lock:
+            with self._results():
+                made = step()
+            # Within the lock: what was made in a pool that is given up since is not in this one.
+            self._placed = made.data_ptr()
         return made
 
     def export(self, tensor: torch.Tensor, owner: Owner, out: Outgoing) -> Token:

@@ -28,12 +28,15 @@ class Exports:
 
     def __init__(self) -> None:
         self.exporter = Exporter(torch.device("cuda", 0), 1 << 30)
-        owner = Owner(os.getpid(), psutil.Process().create_time())
-        self.carrier = self.exporter.carrier(owner, ShmCarrier(pin_sent=True))
+        self.owner = Owner(os.getpid(), psutil.Process().create_time())
+        self.carrier = self.exporter.carrier(self.owner, ShmCarrier(pin_sent=True))
+
+    def made(self) -> torch.Tensor:
+        return self.exporter.place(partial(torch.zeros, SIZE, device="cuda", dtype=torch.uint8))
 
     def export(self, out: Outgoing, cycles: int = 0) -> tuple[bytes, int, bool]:
         """Counter, slot, and whether to wait; the GPU is done with it but for `cycles`."""
-        tensor = self.exporter.place(partial(torch.zeros, SIZE, device="cuda", dtype=torch.uint8))
+        tensor = self.made()
         torch.cuda.synchronize()
         if cycles:
             torch.cuda._sleep(cycles)
@@ -63,6 +66,14 @@ class Exports:
         out.take_back()
         self.exporter.book.collect()
         return torch.cuda.memory_allocated() - before
+
+    def lies_where_it_was_made(self, is_given_up: bool) -> bool:
+        """Whether no copy of it is exported, as of what lies in memory that was given up."""
+        made = self.made()
+        if is_given_up:
+            self.exporter._renew_pool()
+        number, *_ = self.carrier.pack(made, Outgoing())
+        return self.exporter.book.get(number, self.owner).data_ptr() == made.data_ptr()
 
     def is_done_after_taking_back_a_copy(self) -> bool:
         """Whether nothing that was queued is left to write to the segment."""
@@ -94,5 +105,6 @@ if __name__ == "__main__":
         taken_back=exports.left_after_taking_back(),
         copy_is_done=exports.is_done_after_taking_back_a_copy(),
         pinned_twice=pinned_twice(),
+        as_made=[exports.lies_where_it_was_made(is_given_up) for is_given_up in (False, True)],
     )
     exports.exporter.book.close()

@@ -32,6 +32,10 @@ def test_memory_of_a_message_that_never_left_comes_back(found):
     assert found["taken_back"] == 0
 
 
+def test_a_result_is_copied_only_out_of_memory_that_was_given_up(found):
+    assert found["as_made"] == [True, False]
+
+
 def test_memory_that_cannot_be_pinned_fails_no_kernel(found):
     assert found["pinned_twice"] == [False, 2.0]
 
