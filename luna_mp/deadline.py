@@ -32,7 +32,7 @@ class Deadline:
         self.seconds = seconds
         self.what = what
         self._check = check
-        self._at = time.monotonic() + (seconds if seconds < LONGEST else LONGEST)
+        self._at = time.monotonic() + min(seconds, LONGEST)
         self._asked = 0.0
 
     def __repr__(self) -> str:

@@ -102,12 +102,12 @@ class Channel:
         out = Outgoing(is_leaving, to_host)
         try:
             pickled = self._writer.dumps(message, lambda tensor: self._pack(tensor, out))
-            inline_size = sum([part.nbytes for part in out.parts]) if out.parts else 0
-            self._check_size(len(pickled), inline_size)
+            sizes = (len(pickled), sum([part.nbytes for part in out.parts]))
+            self._check_size(*sizes)
         except BaseException:  # also an interrupt leaves nothing taken
             out.take_back()
             raise
-        return Packed(message, HEADER.pack(len(pickled), inline_size) + pickled, out)
+        return Packed(message, HEADER.pack(*sizes) + pickled, out)
 
     def send_at_once(self, packed: Packed, deadline: Deadline) -> bool:
         """Send a message if it can leave now, with nothing to wait for or to settle first."""
@@ -305,8 +305,7 @@ class _Body:
             return
         if self.left and not self._here:
             # With all of it here the peer's next word can only be that its GPU failed.
-            self._here = memoryview(bytearray(self.left))
-            self._stream.recv_into(self._here, self._arrival)
+            self._here = memoryview(self._stream.read(self.left, self._arrival))
         start = time.perf_counter()
         while not is_done():
             self._ask()

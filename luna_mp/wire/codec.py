@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import torch
 
 from luna_mp.errors import LunaError, Rejected, Unsendable
+from luna_mp.wire.stream import Buffer
 
 __all__ = ("Writer", "loads")
 
@@ -153,7 +154,7 @@ class Writer:
 
 
 def loads(
-    payload: bytes | bytearray | memoryview,
+    payload: Buffer,
     unpack: Callable[[Any], torch.Tensor],
     discard: Callable[[Any], None] = lambda token: None,
 ) -> Any:
@@ -174,9 +175,7 @@ def loads(
         raise
 
 
-def _reader(
-    payload: bytes | bytearray | memoryview, unpack: Callable[[Any], torch.Tensor]
-) -> _Unpickler:
+def _reader(payload: Buffer, unpack: Callable[[Any], torch.Tensor]) -> _Unpickler:
     # Each message makes one; a constructor in Python would be a good part of what that takes.
     reader = _Unpickler(io.BytesIO(payload))
     reader.unpack, reader.unpacked = unpack, []
@@ -190,9 +189,7 @@ def _forget(error: BaseException) -> None:
             traceback.clear_frames(each.__traceback__)
 
 
-def _discard_from(
-    first: int, payload: bytes | bytearray | memoryview, discard: Callable[[Any], None]
-) -> None:
+def _discard_from(first: int, payload: Buffer, discard: Callable[[Any], None]) -> None:
     numbers = itertools.count()
 
     def skip(token: Any) -> torch.Tensor:

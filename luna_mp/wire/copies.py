@@ -57,8 +57,7 @@ def _copy_off(run: torch.Tensor, target: torch.Tensor, after: torch.cuda.Event) 
     # Torch has a pool of them: no other connection's copy is waited for.
     stream = torch.cuda.Stream(run.device)
     stream.wait_event(after)
-    # The target may have been made in this mode, outside of which it cannot be written.
-    with torch.inference_mode(), torch.cuda.stream(stream):
+    with torch.cuda.stream(stream):
         target.copy_(run, non_blocking=True)
     # Also keeps the run's memory until it was read.
     stream.synchronize()

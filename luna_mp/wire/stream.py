@@ -14,7 +14,7 @@ from typing import Any
 from luna_mp.deadline import Deadline, nap
 from luna_mp.errors import Broken, LunaError, Unavailable
 
-__all__ = ("NeverRead", "Stream", "connect", "listen", "place_of")
+__all__ = ("Buffer", "NeverRead", "Stream", "connect", "listen", "place_of")
 
 MAX_FDS = 16  # descriptors that one header may bring
 BACKLOG = 128
