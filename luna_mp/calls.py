@@ -60,7 +60,7 @@ class Call:
         self.after: Fence | None = None
         self.is_answered = False
         #: why an answer that left early did not arrive
-        self.lost: LunaError | None = None
+        self.lost = ""
         self.deadline = deadline
         self._held: AbstractContextManager[Any] | None = None
 
@@ -134,7 +134,9 @@ class Calls:
             self._channel.send(_failure(exc), Deadline(REFUSAL_SECONDS, "a refusal"))
             raise
         except RuntimeError as exc:  # of what was let go of meanwhile
-            self._see_fault(exc)
+            if is_gpu_fault(exc):
+                self._give_up(exc)
+            raise
 
     def answer(self, request: dict[str, Any]) -> None:
         """Reply to one request. Raises `LunaError` when this was the last one.
@@ -145,7 +147,9 @@ class Calls:
         try:
             self._answer(request)
         except RuntimeError as exc:
-            self._see_fault(exc)
+            if is_gpu_fault(exc):
+                self._give_up(exc)
+            raise
 
     def turn_away(self) -> None:
         """Say of a request that it is not run: the service ends, and the next one may take it."""
@@ -174,8 +178,8 @@ class Calls:
         try:
             if call is None or not call.is_answered:
                 self._channel.send_packed(packed, Patience(SEND_SECONDS, self._taking))
-            elif call.lost is not None:
-                raise call.lost
+            elif call.lost:
+                raise Broken(call.lost)
         finally:
             self._see_to_the_end(after)
 
@@ -200,7 +204,9 @@ class Calls:
             call.is_answered = self._channel.send_at_once(packed, call.deadline)
         except LunaError as exc:
             # The turn ends as that of any other call.
-            call.is_answered, call.lost = True, exc
+            # Its words only: an error that is kept keeps the frames that it came through, and with
+            # those the call and its result.
+            call.is_answered, call.lost = True, str(exc)
 
     def _see_to_the_end(self, after: Fence | None) -> None:
         """Return when the GPU is done, or the client has another request.
@@ -218,11 +224,6 @@ class Calls:
                 if not self._channel.stream.has_closed:
                     return
                 time.sleep(WORK_SECONDS)
-
-    def _see_fault(self, error: RuntimeError) -> NoReturn:
-        if not is_gpu_fault(error):
-            raise error
-        self._give_up(error)
 
     def _give_up(self, fault: BaseException) -> NoReturn:
         """Tell the service, then the client, that this process can use its GPU no more."""

@@ -14,7 +14,7 @@ from luna_mp import runtime
 from luna_mp.config import ROLES, Role
 from luna_mp.deadline import Deadline
 from luna_mp.endpoint import Address, Endpoint
-from luna_mp.errors import BadConfig, LunaError, Unavailable
+from luna_mp.errors import BadConfig, Unavailable
 from luna_mp.proxies import CONNECT_SECONDS, ClipProxy, Proxy, VaeProxy
 from luna_mp.wire.probe import Importer
 
@@ -110,7 +110,7 @@ def connect(
     named: dict[Role, str | None] = {"clip": clip, "vae": vae}
     is_named = any(named.values())
     luna = Luna({})
-    missing: LunaError | None = None
+    missing = ""
     deadline = Deadline(timeout, "connecting to luna-mp")
     options = (authkey, authkey_file, runtime_dir, gpu)
     for role in ROLES:
@@ -119,7 +119,7 @@ def connect(
         try:
             luna._endpoints[role] = open_endpoint(role, named[role], deadline, *options)
         except Unavailable as exc:
-            missing = missing or exc
+            missing = missing or str(exc)
             if is_named:
                 luna.close()
                 raise
@@ -127,7 +127,7 @@ def connect(
             luna.close()
             raise
     if missing and not luna.carriers:
-        raise missing
+        raise Unavailable(missing)
     return luna
 
 

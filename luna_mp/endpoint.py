@@ -13,7 +13,7 @@ from typing import Any
 
 from luna_mp.config import Role, ServiceConfig
 from luna_mp.deadline import Deadline
-from luna_mp.errors import Broken, Rejected, Unavailable, revive
+from luna_mp.errors import Broken, LunaError, Rejected, Unavailable, revive
 from luna_mp.wire import handshake, probe, stream
 from luna_mp.wire.carrier import CarrierFailed
 from luna_mp.wire.channel import Channel
@@ -97,11 +97,7 @@ class Endpoint:
         finally:
             self._slots.put(None)
         if "error" in reply:
-            error = revive(reply["kind"], reply["error"], reply["traceback"])
-            if isinstance(error, Broken) and deadline.has_passed:
-                # On a busy machine the service may drop the call before this end sees that.
-                raise deadline.error() from error
-            raise error
+            raise _revived(reply, deadline)
         return reply["result"]
 
     def _take_slot(self, deadline: Deadline) -> None:
@@ -260,3 +256,13 @@ class Endpoint:
             if self.carrier == "cuda" and self._watcher.ident is None and not self._is_closed:
                 self._watcher.start()
         return channel
+
+
+def _revived(reply: dict[str, Any], deadline: Deadline) -> LunaError:
+    error = revive(reply["kind"], reply["error"], reply["traceback"])
+    if isinstance(error, Broken) and deadline.has_passed:
+        # On a busy machine the service may drop the call before this end sees that.
+        late = deadline.error()
+        late.__cause__ = error
+        return late
+    return error

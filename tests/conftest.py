@@ -80,3 +80,11 @@ def runtime_dir(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("LUNA_MP_RUNTIME_DIR", str(path))
     monkeypatch.delenv("LUNA_MP_AUTHKEY", raising=False)
     return path
+
+
+@pytest.fixture
+def no_collector():
+    """What refers to itself stays: only what nothing refers to is gone."""
+    gc.disable()
+    yield
+    gc.enable()

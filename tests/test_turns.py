@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 
@@ -126,7 +128,9 @@ def test_error_in_the_turn_is_told_once(connection):
     assert connection.figures == (1, 1)
 
 
-def test_client_that_goes_as_it_is_answered_is_sent_nothing_more(connection, monkeypatch):
+@pytest.fixture
+def going(connection, monkeypatch):
+    """One whose client goes as it is answered."""
     stream = type(connection.service.stream)
     send_at_once = stream.send_at_once
 
@@ -136,11 +140,36 @@ def test_client_that_goes_as_it_is_answered_is_sent_nothing_more(connection, mon
         return send_at_once(self, data, deadline)
 
     monkeypatch.setattr(stream, "send_at_once", goes)
-    turn = Turn(connection.client)
+    return connection
+
+
+def test_client_that_goes_as_it_is_answered_is_sent_nothing_more(going):
+    turn = Turn(going.client)
     with pytest.raises(errors.Broken, match="before it read the message"):
-        connection.answer(turn, "small")
+        going.answer(turn, "small")
     assert turn.had_reply is not None
-    assert connection.figures == (1, 0)
+    assert going.figures == (1, 0)
+
+
+class Small(Carrier):
+    """What it packs leaves at once, as what stays on a GPU does."""
+
+    name = "small"
+    unpack = None
+
+    def pack(self, tensor, out):
+        return ()
+
+
+@pytest.mark.usefixtures("no_collector")
+def test_result_of_a_client_that_goes_as_it_is_answered_is_not_kept(going):
+    going.service.use(Small())
+    result = torch.zeros(1 << 15)
+    kept = weakref.ref(result)
+    with pytest.raises(errors.Broken, match="before it read the message"):
+        going.answer(Turn(going.client), result)
+    del result
+    assert kept() is None
 
 
 class Noting(Carrier):

@@ -173,7 +173,7 @@ class Channel:
         try:
             message = codec.loads(pickled, lambda token: self._unpack(token, body), self._discard)
         except _Withdrawn as withdrawn:
-            raise withdrawn.why from None
+            raise withdrawn.taken() from None
         except Rejected:
             self._refused = body
             raise
@@ -233,8 +233,13 @@ class _Withdrawn(BaseException):
     """Raised past all that would take the caller's own error for one of a tensor."""
 
     def __init__(self, why: BaseException) -> None:
-        super().__init__(why)
-        self.why = why
+        super().__init__()
+        self._why: list[BaseException] = [why]
+
+    def taken(self) -> BaseException:
+        """It, once: two errors that hold each other would keep all that either has passed."""
+        self.__cause__ = None
+        return self._why.pop()
 
 
 class Packed(NamedTuple):

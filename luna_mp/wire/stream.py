@@ -148,7 +148,7 @@ class Stream:
             try:
                 view = view[self._wait_for(self._sock.recv_into, (view,), deadline, spin) :]
             except NeverRead as exc:
-                raise self._ended(exc, is_begun=True) from exc
+                raise self._cut_off() from exc
             deadline.progress()
 
     def recv_header(self, size: int, deadline: Deadline) -> memoryview:
@@ -166,18 +166,17 @@ class Stream:
                     self._recv_with_fds, (self._buffer[have:],), deadline, self._spin, self._doze
                 )
             except Broken as exc:
-                raise self._ended(exc, is_begun=have > 0) from exc
+                if have:
+                    raise self._cut_off() from exc
+                # By TCP, what is sent to a peer that has just closed is refused after its end came.
+                if self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) in REFUSED:
+                    raise NeverRead(f"{self.peer} had closed before the message came") from exc
+                raise
         self._ahead = self._buffer[size:have]
         return self._buffer[:size]
 
-    def _ended(self, exc: Broken, is_begun: bool) -> Broken:
-        """What the end of the peer means for the last message; `is_begun`: an answer had begun."""
-        if is_begun:
-            return Broken(f"{self.peer} ended in the middle of a message")
-        # By TCP, what is sent to a peer that has just closed is refused after its end came.
-        if self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) in REFUSED:
-            return NeverRead(f"{self.peer} had closed before the message came")
-        return exc
+    def _cut_off(self) -> Broken:
+        return Broken(f"{self.peer} ended in the middle of a message")
 
     def _wait_for(
         self,
@@ -279,8 +278,9 @@ class Stream:
         except BlockingIOError:
             return False
         except OSError as exc:
-            # The system tells it once; the next read is to tell it too.
-            self._error = exc
+            # The system tells it once; the next read is to tell it too. Without the frames that it
+            # came through: what they hold would be held for as long as this.
+            self._error = exc.with_traceback(None)
             return True
 
     def wake(self) -> None:
@@ -321,11 +321,15 @@ def connect(address: str | tuple[str, int], deadline: Deadline) -> Stream:
             sock = socket.create_connection(address, deadline.remaining())
         return Stream(sock, peer, CLIENT_SPIN, CLIENT_DOZE)
     except OSError as exc:
-        error = _translated(exc, peer, deadline)
-        if type(error) is Broken:
-            # Nothing broke: there is no such host, or no way to it.
-            error = Unavailable(f"{peer} cannot be reached ({exc.strerror or exc})")
-        raise error from exc
+        raise _unreachable(exc, peer, deadline) from exc
+
+
+def _unreachable(exc: OSError, peer: str, deadline: Deadline) -> LunaError:
+    error = _translated(exc, peer, deadline)
+    if type(error) is Broken:
+        # Nothing broke: there is no such host, or no way to it.
+        return Unavailable(f"{peer} cannot be reached ({exc.strerror or exc})")
+    return error
 
 
 def _connect_unix(path: str, deadline: Deadline) -> socket.socket:
