@@ -106,7 +106,7 @@ class Service:
         for thread in self._threads:
             thread.join()
         if self._exporter is not None:
-            self._exporter.book.close()
+            self._exporter.close()
         return all(have_ended)
 
     def _serve(self, manager: type[Manager], address: Any, calls: dict[str, Any]) -> Server:

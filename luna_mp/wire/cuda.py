@@ -3,11 +3,15 @@
     service                                       client, in cuda_client.py
     result ─ made, or copied once on the GPU,     by the CUDA runtime, or rebuild_cuda_tensor where
     into memory that holds results only ─         that is not installed: a tensor over the same
-    torch's reducer ── its arguments ───────────▶ memory, which is given out once the reducer's
-    noted in the lease book                       event has come
+    torch's reducer ── its arguments ───────────▶ memory, which is given out once the event behind
+    noted in the lease book                       the work has come
     tensor itself ◀──────── lease's number ────── the same tensor as an argument, or a view of it
     result ── copy, queued behind it ───────────▶ shared memory, for a client that wants it on its
                                                   host, which is given out once the event has come
+
+Torch's reducer is asked once for each place in that memory, and once for each counter of holders:
+both serve one result after the other, since the event that it makes with each takes longer than all
+else that it does.
 
 The service's stream is not waited for: the reply leaves when the work is queued. The client waits
 on its host and queues nothing behind the event: the event of a service that is killed never comes,
@@ -21,19 +25,18 @@ share it. To copy it into memory that the service lends was measured too ("input
 from __future__ import annotations
 
 import logging
-import mmap
-import os
 import reprlib
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
-from functools import cached_property, lru_cache
+from functools import cached_property, partial
 
 import torch
 
 from luna_mp.errors import Rejected
 from luna_mp.wire import layout
 from luna_mp.wire.carrier import Carrier, Fence, Incoming, NoRoom, Outgoing, Token
+from luna_mp.wire.counters import Counters, TorchCounter
 from luna_mp.wire.leases import LeaseBook, Owner
 from luna_mp.wire.shm import ShmCarrier
 
@@ -41,13 +44,12 @@ __all__ = ("HOST", "Exporter", "ExportingCarrier", "uuid_of")
 
 logger = logging.getLogger(__name__)
 
-COUNTER_BYTES = 8
-COUNTERS_START = 64  # torch's shared memory opens with a header of its own
 HOST = "host"  # opens the token of what is copied to the host
 #: bytes of a result for the host that the service copies: the client would begin its copy only when
 #: it wakes. Smaller ones are kept in great numbers, and to make a segment for each takes longer;
 #: what larger ones take of pinned memory would stay taken.
 COPIED_HERE = range(1 << 20, (64 << 20) + 1)
+MAX_HANDLES = 4096  # addresses of results, of which a workflow has a few for each size
 
 
 class Exporter:
@@ -66,6 +68,9 @@ class Exporter:
         # Probes export beside calls, and a pool serves one thread at a time.
         self._pool_lock = threading.Lock()
         self.book.when_idle = self._renew_pool
+        self._counters = Counters(device)
+        #: of memory in the pool, by its address: the handle that opens it, and its offset there
+        self._handles: dict[int, tuple[bytes, int]] = {}
         #: where that lies which was made in the pool last, and is not exported yet
         self._placed = 0
         self._beside = torch.cuda.Stream(device)
@@ -91,24 +96,26 @@ class Exporter:
             self._placed = made.data_ptr()
         return made
 
-    def export(self, tensor: torch.Tensor, owner: Owner, out: Outgoing) -> Token:
-        """Token for a result, ready when the work that is queued on the current stream is done."""
+    def export(self, tensor: torch.Tensor, owner: Owner, out: Outgoing) -> tuple[Token, bool]:
+        """Where a result lies, and whether work that is queued has still to make it."""
         how, source = layout.describe(tensor)
         with self._pool_lock:
             storage = source.untyped_storage()
             if not (self._is_placed(source) and how.nbytes == storage.nbytes()):
                 storage = self._copied(layout.run_of(how, source)).untyped_storage()
-            # Asked before: the event that torch records now is work, too, for some microseconds.
-            is_ready = self.is_done()
-            # What `reduce_tensor` calls; the rest of it, which finds a storage that was sent
-            # before, has nothing to find here and takes longer than this.
-            _, handle, size, offset, *signs = storage._share_cuda_()
-        counter, slot, event, must_wait = signs
-        counts = _TorchCounter(counter, slot)
-        number = self.book.add(owner, how.nbytes, storage, counts)
-        out.undo.append(counts.release)
-        must_wait = must_wait and not (is_ready or self.is_done())
-        return (number, self.uuid, handle, size, offset, counter, slot, event, must_wait, how.text)
+            # Asked before: the events that torch records are work, too, for some microseconds.
+            must_wait = not self.is_done()
+            handle, offset = self._handles.get(storage.data_ptr()) or self._shared(storage)
+            counter = self._counters.take()
+        number = self.book.add(owner, how.nbytes, storage, counter)
+        out.undo.append(partial(self.book.withdraw, number))
+        signs = (handle, how.nbytes, offset, counter.file, counter.slot)
+        return (number, self.uuid, *signs, how.text), must_wait
+
+    def close(self) -> None:
+        """End the lease book; nothing is exported any more."""
+        self.book.close()
+        self._counters.forget()
 
     def is_done(self) -> bool:
         """Whether nothing is left on the streams of which results are exported.
@@ -116,6 +123,22 @@ class Exporter:
         Those are `Worker.stream` and the probes'; to ask which of the two it is takes longer.
         """
         return self._of_calls.query() and self._beside.query()
+
+    def _shared(self, storage: torch.UntypedStorage) -> tuple[bytes, int]:
+        """Handle and offset of memory in the pool, for all that will lie there.
+
+        What is in use keeps its memory from the card, as graphs of CUDA rely on too; older torches
+        do not say that the pool is.
+        """
+        # What `reduce_tensor` calls; the rest of it, which finds a storage that was sent before,
+        # has nothing to find here and takes longer than this.
+        _, handle, _, offset, file, slot, *_ = storage._share_cuda_()
+        TorchCounter(file, slot).release()
+        if len(self._handles) >= MAX_HANDLES:
+            self._handles.clear()
+        if getattr(self._pool, "use_count", int)():
+            self._handles[storage.data_ptr()] = (handle, offset)
+        return handle, offset
 
     def _is_placed(self, source: torch.Tensor) -> bool:
         """Once for each: a tensor that was exported before is somebody's.
@@ -139,6 +162,8 @@ class Exporter:
         """Nothing is leased: give the pool's memory back to the card, which it does only whole."""
         with self._pool_lock:
             self._pool, self._placed = self._new_pool(), 0
+            self._handles.clear()
+            self._counters.forget()
 
     def _new_pool(self) -> _Pool:
         # It belongs to the current device, which is another one in the thread of the lease book.
@@ -164,8 +189,7 @@ class ExportingCarrier(Carrier):
         self._owner = owner
         self._host = host
         # One for all calls: the next comes when the client has waited for the last one's.
-        self._copied = torch.cuda.Event(interprocess=True)
-        self._copied_handle = b""
+        self._queued = torch.cuda.Event(interprocess=True)
         self._used: list[int] = []
 
     @property
@@ -178,17 +202,27 @@ class ExportingCarrier(Carrier):
         if out.to_host and tensor.numel() * tensor.itemsize in COPIED_HERE:
             with suppress(NoRoom):
                 return self._pack_copy(tensor, out)
-        return self._exporter.export(tensor, self._owner, out)
+        token, must_wait = self._exporter.export(tensor, self._owner, out)
+        return (*token, *self._marked(must_wait))
 
     def _pack_copy(self, tensor: torch.Tensor, out: Outgoing) -> Token:
         token = self._host.pack_queued(tensor, out)
-        self._copied.record()
         # A segment that comes back is not to be written to by what is queued.
-        out.undo.append(self._copied.synchronize)
-        self._copied_handle = self._copied_handle or self._copied.ipc_handle()
+        out.undo.append(self._queued.synchronize)
         # The result was made in the pool.
         self._exporter.book.note_use()
-        return (HOST, token, self._copied_handle, not self._exporter.is_done())
+        return (HOST, token, *self._marked(not self._exporter.is_done()))
+
+    def _marked(self, must_wait: bool) -> tuple[bytes, bool]:
+        """The event behind what is queued on the current stream, and whether to wait for it."""
+        if must_wait:
+            self._queued.record()
+        return self._event, must_wait
+
+    @cached_property
+    def _event(self) -> bytes:
+        with torch.cuda.device(self._exporter.device):
+            return bytes(self._queued.ipc_handle())
 
     def unpack(self, token: Token, source: Incoming) -> torch.Tensor:
         match token:
@@ -212,36 +246,6 @@ class ExportingCarrier(Carrier):
             after = torch.cuda.current_stream(self._exporter.device).record_event()
         for number in used:
             self._exporter.book.fence(number, after)
-
-
-class _TorchCounter:
-    """The counter that torch puts in a file of its own under /dev/shm, one int64 an export."""
-
-    def __init__(self, file: bytes, slot: int) -> None:
-        self._memory = _counters(file)
-        self._at = COUNTERS_START // COUNTER_BYTES + slot
-        if self.value() != 1:
-            raise RuntimeError(f"torch {torch.__version__} keeps its counters where we do not look")
-
-    def value(self) -> int:
-        count: int = self._memory[self._at]
-        return count
-
-    def release(self) -> None:
-        # Not one less, as torch does: it keeps memory for ever that was let go of once too often.
-        self._memory[self._at] = 0
-
-
-# The newest only, which the next exports will use: torch begins another for each 10,000, and
-# counters that are in use keep their own.
-@lru_cache(maxsize=1)
-def _counters(file: bytes) -> memoryview:
-    """The file as int64s; it stays mapped as long as this is kept."""
-    fd = os.open(b"/dev/shm/" + file.lstrip(b"/"), os.O_RDWR)
-    try:
-        return memoryview(mmap.mmap(fd, 0)).cast("q")
-    finally:
-        os.close(fd)
 
 
 def uuid_of(index: int) -> str:

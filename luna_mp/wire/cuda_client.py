@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch.multiprocessing import reductions
 
-from luna_mp.wire import cuda_runtime, layout
+from luna_mp.wire import counters, cuda_runtime, layout
 from luna_mp.wire.carrier import Carrier, CarrierFailed, Incoming, NoRoom, Outgoing, Token
 from luna_mp.wire.cuda import HOST, uuid_of
 from luna_mp.wire.layout import Layout
@@ -60,7 +60,7 @@ class ImportingCarrier(Carrier):
     def __init__(self, index: int, service: Owner, host: ShmCarrier) -> None:
         self._device = torch.device("cuda", index)
         self._host = host
-        self._is_copied: Callable[[], bool] | None = None
+        self._is_written: Callable[[], bool] | None = None
         for old in [owner for owner in _leased if owner.is_gone()]:
             _leased.pop(old, None)
         self._leased = _leased.setdefault(service, {})
@@ -96,14 +96,12 @@ class ImportingCarrier(Carrier):
         _, where, event, must_wait = token
         result = self._host.unpack(where, source)
         if must_wait:
-            if self._is_copied is None:
-                self._is_copied = cuda_runtime.is_written(event, self._device)
-            source.wait(self._is_copied)
+            source.wait(self._written(event))
         return result
 
     def _unpack_export(self, token: Token, source: Incoming) -> torch.Tensor:
         """What lies in the service's memory, or a copy of it that is made here."""
-        number, _, handle, size, offset, counter, slot, event, must_wait, text = token
+        number, _, handle, size, offset, counter, slot, text, event, must_wait = token
         how = layout.parse(text, source.limit)
         if how.nbytes != size:
             raise CarrierFailed(f"cuda: a result of {how.nbytes} bytes, exported with {size} bytes")
@@ -115,10 +113,16 @@ class ImportingCarrier(Carrier):
             self._remember(number, tensor, is_over)
         target = _host_memory(size) if source.to_host else None
         if must_wait:
-            source.wait(cuda_runtime.is_written(event, self._device))
+            source.wait(self._written(event))
         if is_as_it_lies:
             return tensor
         return layout.restore(how, tensor if target is None else target.copy_(tensor))
+
+    def _written(self, event: bytes) -> Callable[[], bool]:
+        """Of the service's one event of this connection, each time recorded anew."""
+        if self._is_written is None:
+            self._is_written = cuda_runtime.is_written(event, self._device)
+        return self._is_written
 
     def discard(self, token: Token) -> None:
         if token[0] == HOST:
@@ -126,9 +130,10 @@ class ImportingCarrier(Carrier):
         number, _, _, _, _, counter, slot, *_ = token
         # What was opened is let go of when its tensor is.
         if number != self._opened_last:
-            cuda_runtime.release(counter, slot)
+            counters.let_go(counter, slot)
 
     def close(self) -> None:
+        self._is_written = None
         self._mappings.close()
 
     def _opened(

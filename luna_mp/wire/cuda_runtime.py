@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
+from luna_mp.wire import counters
 from luna_mp.wire.layout import DTYPES, Layout
 from luna_mp.wire.loans import when_over
 
-__all__ = ("Mappings", "Segment", "is_there", "is_written", "over", "release", "require")
+__all__ = ("Mappings", "Segment", "is_there", "is_written", "over", "require")
 
 HANDLE_BYTES = 64  # of cudaIpcMemHandle_t
 PLAIN_HANDLE = b"c"  # torch's mark for memory of cudaMalloc, before the handle's own bytes
@@ -104,14 +105,9 @@ def _let_go(segment: Segment, counter: bytes, slot: int, device: torch.device) -
     except KeyboardInterrupt:
         # Python shows it and goes on, so the lease would be lost.
         stream.synchronize()
-        release(counter, slot)
+        counters.let_go(counter, slot)
         raise
-    release(counter, slot)
-
-
-def release(counter: bytes, slot: int) -> None:
-    """Tell the service that one of its exports is not used here any more."""
-    torch.UntypedStorage._release_ipc_counter_cuda(counter, slot)
+    counters.let_go(counter, slot)
 
 
 def is_written(event: bytes, device: torch.device) -> Callable[[], bool]:

@@ -62,6 +62,9 @@ class Counter(Protocol):
     def release(self) -> None:
         """From now on it is zero, whatever the client has counted."""
 
+    def retire(self) -> None:
+        """Its lease is over: it may count another."""
+
 
 @dataclass
 class _Lease(Generic[T]):
@@ -129,6 +132,12 @@ class LeaseBook(Generic[T]):
             if number in self._leases:
                 self._leases[number].fences.append(fence)
 
+    def withdraw(self, number: int) -> None:
+        """What was noted never left: nobody holds it."""
+        with self._lock:
+            if number in self._leases:
+                self._leases[number].counter.release()
+
     def leased(self, owner: Owner) -> int:
         """Bytes that a client process holds."""
         with self._lock:
@@ -162,7 +171,7 @@ class LeaseBook(Generic[T]):
             over = [number for number, lease in self._leases.items() if lease.is_over()]
             ended = [self._leases.pop(number) for number in over]
             for lease in ended:
-                lease.counter.release()
+                lease.counter.retire()
             if ended:
                 self._returned.notify_all()
         return sum(lease.nbytes for lease in ended)

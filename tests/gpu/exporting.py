@@ -13,8 +13,8 @@ import psutil
 import torch
 
 from luna_mp.wire.carrier import Outgoing
+from luna_mp.wire.counters import let_go
 from luna_mp.wire.cuda import HOST, Exporter
-from luna_mp.wire.cuda_runtime import release
 from luna_mp.wire.leases import Owner
 from luna_mp.wire.shm import HEADER, ShmCarrier, _pin, _Segment
 from tests.gpu.clients import say
@@ -40,13 +40,21 @@ class Exports:
         torch.cuda.synchronize()
         if cycles:
             torch.cuda._sleep(cycles)
-        _, _, _, _, _, counter, slot, _, must_wait, _ = self.carrier.pack(tensor, out)
+        _, _, _, _, _, counter, slot, _, _, must_wait = self.carrier.pack(tensor, out)
         return counter, slot, must_wait
+
+    def counted_by(self, results: int) -> set[tuple[bytes, int]]:
+        """Counters of so many results at once, which come back."""
+        used = {self.export(Outgoing())[:2] for _ in range(results)}
+        for counter, slot in used:
+            let_go(counter, slot)
+        self.exporter.book.collect()
+        return used
 
     def is_waited_for(self, cycles: int = 0) -> bool:
         """What a client is told of a result, which comes back."""
         counter, slot, must_wait = self.export(Outgoing(), cycles)
-        release(counter, slot)
+        let_go(counter, slot)
         self.exporter.book.collect()
         return must_wait
 
@@ -55,7 +63,7 @@ class Exports:
         before = torch.cuda.memory_allocated()
         counter, slot, _ = self.export(Outgoing())
         for _ in range(releases):
-            release(counter, slot)
+            let_go(counter, slot)
         self.exporter.book.collect()
         return torch.cuda.memory_allocated() - before
 
@@ -97,6 +105,8 @@ if __name__ == "__main__":
     torch.zeros(1, device="cuda")
     exports = Exports()
     say(
+        # First: after it there are as many to spare.
+        counters=[len(exports.counted_by(2) | exports.counted_by(2)), len(exports.counted_by(3))],
         waits={
             "done": any(exports.is_waited_for() for _ in range(100)),
             "not": exports.is_waited_for(CYCLES),
@@ -107,4 +117,4 @@ if __name__ == "__main__":
         pinned_twice=pinned_twice(),
         as_made=[exports.lies_where_it_was_made(is_given_up) for is_given_up in (False, True)],
     )
-    exports.exporter.book.close()
+    exports.exporter.close()

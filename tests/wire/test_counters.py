@@ -1,4 +1,4 @@
-"""Torch's files of counters, as the lease book reads them: they need shared memory and no GPU."""
+"""Torch's files of counters, as both ends use them: they need shared memory and no GPU."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from luna_mp.wire import cuda
+from luna_mp.wire import counters
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="torch shares GPUs on Linux only")
 
@@ -19,9 +20,9 @@ def files():
     """Three, as torch makes them one after the other, with the first counter at one."""
     paths = [Path(f"/dev/shm/luna-mp-test-{os.getpid()}-{n}") for n in range(3)]
     for path in paths:
-        path.write_bytes(bytes(cuda.COUNTERS_START) + struct.pack("<q", 1))
+        path.write_bytes(bytes(counters.COUNTERS_START) + struct.pack("<q", 1))
     yield paths
-    cuda._counters.cache_clear()
+    counters._counters.cache_clear()
     for path in paths:
         path.unlink()
 
@@ -32,15 +33,59 @@ def is_mapped(path):
 
 def test_files_that_torch_is_done_with_are_not_kept_mapped(files):
     for path in files:
-        assert cuda._TorchCounter(f"/{path.name}".encode(), 0).value() == 1
+        assert counters.TorchCounter(f"/{path.name}".encode(), 0).value() == 1
     assert [is_mapped(path) for path in files] == [False, False, True]
 
 
 def test_counter_keeps_its_file_while_others_come(files):
-    counter = cuda._TorchCounter(f"/{files[0].name}".encode(), 0)
+    counter = counters.TorchCounter(f"/{files[0].name}".encode(), 0)
     for path in files:
-        cuda._TorchCounter(f"/{path.name}".encode(), 0)
+        counters.TorchCounter(f"/{path.name}".encode(), 0)
     with files[0].open("r+b") as file:
-        file.seek(cuda.COUNTERS_START)
+        file.seek(counters.COUNTERS_START)
         file.write(struct.pack("<q", 0))
     assert counter.value() == 0
+
+
+@pytest.fixture
+def made(files, monkeypatch):
+    """Counters of files that torch would have made; how many were."""
+    numbers = iter(range(len(files)))
+
+    def make(self):
+        name = f"/{files[next(numbers)].name}".encode()
+        return counters.TorchCounter(name, 0, None, self._spare)
+
+    monkeypatch.setattr(counters.Counters, "_made", make)
+    return lambda: len(files) - len(list(numbers))
+
+
+def test_counter_that_is_retired_is_the_next_one_s(made):
+    book = counters.Counters(torch.device("cpu"))
+    first, second = book.take(), book.take()
+    counters.let_go(first.file, first.slot)
+    for counter in (first, second):
+        counter.retire()
+    assert [first.value(), second.value()] == [0, 0]
+    assert [book.take(), book.take()] == [first, second]
+    assert [first.value(), second.value()] == [1, 1]
+    assert made() == 2
+
+
+def test_counters_that_count_nothing_are_let_go_of(made):
+    book = counters.Counters(torch.device("cpu"))
+    first = book.take()
+    first.retire()
+    book.forget()
+    assert book.take() is not first
+
+
+def test_client_lets_go_of_what_a_service_has_that_goes_on(files):
+    name = f"/{files[0].name}".encode()
+    counter = counters.TorchCounter(name, 0)
+    counters.let_go(name, 0)
+    assert counter.value() == 0
+
+
+def test_client_lets_go_of_what_a_service_had_that_has_gone():
+    counters.let_go(b"/luna-mp-test-that-has-gone", 0)

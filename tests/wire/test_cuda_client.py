@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from luna_mp.errors import Rejected, TimedOut
-from luna_mp.wire import codec, cuda_runtime, layout
+from luna_mp.wire import codec, counters, cuda_runtime, layout
 from luna_mp.wire.carrier import CarrierFailed
 from luna_mp.wire.cuda import HOST
 from luna_mp.wire.cuda_client import ImportingCarrier
@@ -90,7 +90,7 @@ def runtime(monkeypatch):
     monkeypatch.setattr(cuda_runtime, "Mappings", lambda device: fake)
     monkeypatch.setattr(cuda_runtime, "is_written", lambda event, device: lambda: True)
     monkeypatch.setattr(cuda_runtime, "over", fake.over)
-    monkeypatch.setattr(cuda_runtime, "release", fake.release)
+    monkeypatch.setattr(counters, "let_go", fake.release)
     return fake
 
 
@@ -110,7 +110,7 @@ def source(request):
 
 
 def export(slot, how=f"float32:{FLOATS}:1"):
-    return (slot, "GPU", b"handle", 4 * FLOATS, 0, b"counter", slot, b"event", True, how)
+    return (slot, "GPU", b"handle", 4 * FLOATS, 0, b"counter", slot, how, b"event", True)
 
 
 def message(second=f"float32:{FLOATS}:1"):

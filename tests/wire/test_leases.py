@@ -23,6 +23,9 @@ class FakeCounter:
     def release(self):
         self.holders = 0
 
+    def retire(self):
+        self.holders = None
+
 
 class FakeFence:
     is_done = False
@@ -59,6 +62,24 @@ def test_what_a_dead_client_held_comes_back_and_the_living_keep_theirs(book, dea
     book.add(BOB, 20, "b", FakeCounter())
     dead.add(ALICE)
     wait_until(lambda: book.to_data() == {"2": {"bytes": 20, "leases": 1}})
+
+
+def test_what_was_withdrawn_comes_back(book):
+    number = book.add(ALICE, 10, "result", FakeCounter())
+    book.withdraw(number)
+    assert book.collect() == 10
+
+
+def test_a_counter_is_retired_once_and_its_next_lease_is_its_own(book):
+    counter = FakeCounter()
+    number = book.add(ALICE, 10, "result", counter)
+    counter.holders = 0
+    assert book.collect() == 10
+    assert counter.holders is None
+    counter.holders = 1
+    book.add(BOB, 20, "result", counter)
+    book.withdraw(number)
+    assert book.collect() == 0
 
 
 def test_a_lease_stays_while_our_own_work_reads_it(book):
