@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import platformdirs
-import psutil
 
 from luna_mp.config import DEFAULT_PORTS, Role
 from luna_mp.errors import BadConfig, Unavailable
+from luna_mp.processes import is_running
 
 __all__ = (
     "Record",
@@ -40,8 +40,8 @@ class Record:
 
     role: Role
     pid: int
-    #: creation time of the process, in seconds since the epoch: pids are used again
-    created: float
+    #: as `processes.born` says it
+    born: float
     #: path of the local socket, or "" where there are none
     socket: str
     host: str
@@ -54,13 +54,7 @@ class Record:
         return self.socket or (self.host, self.port)
 
     def is_running(self) -> bool:
-        try:
-            process = psutil.Process(self.pid)
-            is_same = abs(process.create_time() - self.created) < 1.0
-            # One that was killed and that nobody has reaped serves no more.
-            return is_same and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return False
+        return is_running(self.pid, self.born)
 
 
 def runtime_dir(explicit: str = "") -> Path:

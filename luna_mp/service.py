@@ -29,6 +29,7 @@ from luna_mp.errors import LunaError
 from luna_mp.manager import LocalManager, Manager, RemoteManager, Server
 from luna_mp.models.base import ModelSpec
 from luna_mp.models.library import Library
+from luna_mp.processes import born
 from luna_mp.sessions import Sessions
 from luna_mp.wire import stream
 from luna_mp.workers.clip import ClipWorker
@@ -86,7 +87,7 @@ class Service:
         record = runtime.Record(
             role=self._config.role,
             pid=os.getpid(),
-            created=psutil.Process().create_time(),
+            born=born(os.getpid()),
             socket=path,
             host=host,
             port=port,

@@ -24,12 +24,20 @@ pytestmark = pytest.mark.usefixtures("no_collector")
 
 
 def is_kept(kind, step, *args):
-    """Whether the error that `step` raises outlives its handler."""
+    """Whether the error that `step` raises, or one that led to it, outlives its handler."""
     try:
         step(*args)
     except kind as exc:
-        error = weakref.ref(exc)
-    return error() is not None
+        met = [weakref.ref(each) for each in chain(exc) if type(each).__weakrefoffset__]
+    return any(error() is not None for error in met)
+
+
+def chain(error):
+    met = []
+    while error is not None and error not in met:
+        met.append(error)
+        error = error.__cause__ or error.__context__
+    return met
 
 
 @pytest.fixture

@@ -97,11 +97,11 @@ def test_wrong_key_is_refused(server):
 
 
 def test_wrong_version_names_both(server, client, monkeypatch):
-    monkeypatch.setattr(handshake, "PROTOCOL", 7)
+    monkeypatch.setattr(handshake, "PROTOCOL", 70)
     hello = {"luna": 1, "nonce": "0" * 64}
     connected = stream.connect(server.address, Deadline(5, "connecting"))
     handshake._send(connected, hello, Deadline(5, "sending"))
-    with pytest.raises(errors.WrongVersion, match=r"version 1 .* version 7"):
+    with pytest.raises(errors.WrongVersion, match=r"version 1 .* version 70"):
         handshake._recv(connected, Deadline(5, "receiving"))
         handshake._recv(connected, Deadline(5, "receiving"))
     connected.close()
@@ -346,7 +346,7 @@ def test_a_service_without_threads_to_spare_refuses_and_goes_on(server, monkeypa
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"pid": -1}, {"pid": "x"}, {"created": "then"}, {"gpus": None}, {"max_message": 0}],
+    [{"pid": -1}, {"pid": "x"}, {"born": "then"}, {"gpus": None}, {"max_message": 0}],
     ids=str,
 )
 def test_an_identity_of_wrong_types_is_rejected(wrong):

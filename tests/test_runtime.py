@@ -15,6 +15,7 @@ import pytest
 from luna_mp import runtime
 from luna_mp.config import DEFAULT_PORTS
 from luna_mp.errors import BadConfig, Unavailable
+from luna_mp.processes import born
 from tests.helpers import wait_until
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="modes and links are POSIX")
@@ -23,18 +24,16 @@ HEX = "ab" * 32
 
 def record(port: int = 5, role: str = "clip", **changed: object) -> runtime.Record:
     """Of this process."""
-    created = psutil.Process().create_time()
-    fields = {"pid": os.getpid(), "created": created, "socket": f"/run/{role}.{port}.sock"}
+    fields = {"pid": os.getpid(), "born": born(os.getpid()), "socket": f"/run/{role}.{port}.sock"}
     fields |= {"host": "127.0.0.1", "started": time.time()}
     return runtime.Record(**{"role": role, "port": port, **fields, **changed})
 
 
 @pytest.fixture
 def ended():
-    """Pid and create time of a process that has ended."""
+    """Pid and birth of a process that has ended."""
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
-        created = psutil.Process(process.pid).create_time()
-    return {"pid": process.pid, "created": created}
+        return {"pid": process.pid, "born": born(process.pid)}
 
 
 @posix
@@ -197,7 +196,7 @@ def test_record_of_an_ended_process_is_removed(runtime_dir, ended):
 
 
 def test_record_of_a_pid_that_was_used_again_is_removed(runtime_dir):
-    runtime.write_record(runtime_dir, record(created=psutil.Process().create_time() - 60))
+    runtime.write_record(runtime_dir, record(born=born(os.getpid()) - 60))
     assert runtime.read_records(runtime_dir, "clip") == []
 
 
@@ -218,10 +217,10 @@ def test_record_that_cannot_be_read_just_now_is_left(runtime_dir, monkeypatch):
 def test_record_of_a_killed_process_that_nobody_reaped_is_removed(runtime_dir):
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
         service = psutil.Process(process.pid)
-        created = service.create_time()
+        birth = born(process.pid)
         process.kill()
         wait_until(lambda: service.status() == psutil.STATUS_ZOMBIE)
-        runtime.write_record(runtime_dir, record(pid=process.pid, created=created))
+        runtime.write_record(runtime_dir, record(pid=process.pid, born=birth))
         assert runtime.read_records(runtime_dir, "clip") == []
 
 

@@ -40,9 +40,10 @@ class Connection:
         self.sessions = Sessions()
         self.noted = []
 
-    def answer(self, turn, result):
+    def answer(self, turn, result, after=None):
         def method(call):
             call.hold(turn)
+            call.after = after
             if isinstance(result, Exception):
                 raise result
             return result
@@ -130,7 +131,8 @@ def test_error_in_the_turn_is_told_once(connection):
 
 @pytest.fixture
 def going(connection, monkeypatch):
-    """One whose client goes as it is answered."""
+    """One whose client goes as it is answered, and leaves something unread, which is a reset."""
+    connection.service.send({}, soon())
     stream = type(connection.service.stream)
     send_at_once = stream.send_at_once
 
@@ -161,13 +163,26 @@ class Small(Carrier):
         return ()
 
 
+class Fence:
+    """Work of a GPU, which is done when it was asked for thrice."""
+
+    asked = 0
+
+    def query(self):
+        self.asked += 1
+        return self.asked > 3
+
+
 @pytest.mark.usefixtures("no_collector")
-def test_result_of_a_client_that_goes_as_it_is_answered_is_not_kept(going):
+@pytest.mark.parametrize("after", [lambda: None, Fence], ids=["done", "not done"])
+@pytest.mark.parametrize("is_local", [True, False], ids=["in its turn", "after it"])
+def test_result_of_a_client_that_goes_as_it_is_answered_is_not_kept(going, after, is_local):
     going.service.use(Small())
+    going.service.stream.is_local = is_local
     result = torch.zeros(1 << 15)
     kept = weakref.ref(result)
     with pytest.raises(errors.Broken, match="before it read the message"):
-        going.answer(Turn(going.client), result)
+        going.answer(Turn(going.client), result, after())
     del result
     assert kept() is None
 

@@ -78,7 +78,7 @@ class VaeModel(Model):
     def decode(self, latent: torch.Tensor, place: Place = at_once) -> torch.Tensor:
         """Image, float32, for a latent. Raises `torch.OutOfMemoryError`.
 
-        A model may leave `place` unused; what it places must be a tensor that nothing else holds.
+        A model may leave `place` unused; what it places is made there, and nothing else holds it.
         """
 
     @abstractmethod

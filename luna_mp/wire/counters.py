@@ -19,7 +19,7 @@ __all__ = ("Counters", "TorchCounter", "let_go")
 
 COUNTER_BYTES = 8
 COUNTERS_START = 64  # torch's shared memory opens with a header of its own
-SPARE = 64  # counters; as many results at once are let go of by one client
+SPARE = 64  # counters that wait for their next result; no worker lets go of more at once
 
 
 class TorchCounter:
@@ -51,10 +51,13 @@ class TorchCounter:
     def release(self) -> None:
         # Not one less, as torch does: it keeps memory for ever that was let go of once too often.
         self._memory[self._at] = 0
+        # Whoever was given up on may still count here.
+        self._spare = None
 
     def retire(self) -> None:
-        self.release()
-        if self._spare is not None:
+        if self._spare is None or self.value():
+            self.release()
+        else:
             self._spare.append(self)
 
 
@@ -96,12 +99,12 @@ def _place_of(slot: int) -> int:
     return COUNTERS_START // COUNTER_BYTES + slot
 
 
-# The newest only, which the next exports will use: torch begins another for each 10,000, and
+# Those of a client's services, or a service's newest: torch begins another for each 10,000, and
 # counters that are in use keep their own.
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=4)
 def _counters(file: bytes) -> memoryview:
     """The file as int64s; it stays mapped as long as this is kept."""
-    fd = os.open(b"/dev/shm/" + file.lstrip(b"/"), os.O_RDWR)
+    fd = os.open(b"/dev/shm/" + os.path.basename(file), os.O_RDWR)
     try:
         return memoryview(mmap.mmap(fd, 0)).cast("q")
     finally:

@@ -49,7 +49,11 @@ HOST = "host"  # opens the token of what is copied to the host
 #: it wakes. Smaller ones are kept in great numbers, and to make a segment for each takes longer;
 #: what larger ones take of pinned memory would stay taken.
 COPIED_HERE = range(1 << 20, (64 << 20) + 1)
-MAX_HANDLES = 4096  # addresses of results, of which a workflow has a few for each size
+MAX_PLACES = 4096  # addresses of results, of which a workflow has a few for each size
+
+
+#: the handle that opens a segment of the card's memory, and an offset in it, in bytes
+_Place = tuple[bytes, int]
 
 
 class Exporter:
@@ -69,8 +73,8 @@ class Exporter:
         self._pool_lock = threading.Lock()
         self.book.when_idle = self._renew_pool
         self._counters = Counters(device)
-        #: of memory in the pool, by its address: the handle that opens it, and its offset there
-        self._handles: dict[int, tuple[bytes, int]] = {}
+        #: of memory in the pool, by its address
+        self._places: dict[int, _Place] = {}
         #: where that lies which was made in the pool last, and is not exported yet
         self._placed = 0
         self._beside = torch.cuda.Stream(device)
@@ -105,16 +109,21 @@ class Exporter:
                 storage = self._copied(layout.run_of(how, source)).untyped_storage()
             # Asked before: the events that torch records are work, too, for some microseconds.
             must_wait = not self.is_done()
-            handle, offset = self._handles.get(storage.data_ptr()) or self._shared(storage)
-            counter = self._counters.take()
+            place = self._places.get(storage.data_ptr())
+            if place is None:
+                place, counter = self._shared(storage)
+            else:
+                counter = self._counters.take()
         number = self.book.add(owner, how.nbytes, storage, counter)
         out.undo.append(partial(self.book.withdraw, number))
-        signs = (handle, how.nbytes, offset, counter.file, counter.slot)
-        return (number, self.uuid, *signs, how.text), must_wait
+        handle, offset = place
+        where = (self.uuid, handle, how.nbytes, offset, counter.file, counter.slot)
+        return (number, *where, how.text), must_wait
 
     def close(self) -> None:
         """End the lease book; nothing is exported any more."""
         self.book.close()
+        # Torch warns of those that are left when the process ends.
         self._counters.forget()
 
     def is_done(self) -> bool:
@@ -124,21 +133,21 @@ class Exporter:
         """
         return self._of_calls.query() and self._beside.query()
 
-    def _shared(self, storage: torch.UntypedStorage) -> tuple[bytes, int]:
-        """Handle and offset of memory in the pool, for all that will lie there.
+    def _shared(self, storage: torch.UntypedStorage) -> tuple[_Place, TorchCounter]:
+        """Where memory in the pool lies, for all that will lie there; and a counter for once.
 
-        What is in use keeps its memory from the card, as graphs of CUDA rely on too; older torches
-        do not say that the pool is.
+        What is in use keeps its memory from the card, as graphs of CUDA rely on too; except where
+        torch was told a `max_split_size_mb`, which services are started without.
         """
         # What `reduce_tensor` calls; the rest of it, which finds a storage that was sent before,
         # has nothing to find here and takes longer than this.
         _, handle, _, offset, file, slot, *_ = storage._share_cuda_()
-        TorchCounter(file, slot).release()
-        if len(self._handles) >= MAX_HANDLES:
-            self._handles.clear()
-        if getattr(self._pool, "use_count", int)():
-            self._handles[storage.data_ptr()] = (handle, offset)
-        return handle, offset
+        place = (handle, offset)
+        if self._pool.is_in_use:
+            if len(self._places) >= MAX_PLACES:
+                self._places.clear()
+            self._places[storage.data_ptr()] = place
+        return place, TorchCounter(file, slot)
 
     def _is_placed(self, source: torch.Tensor) -> bool:
         """Once for each: a tensor that was exported before is somebody's.
@@ -162,7 +171,8 @@ class Exporter:
         """Nothing is leased: give the pool's memory back to the card, which it does only whole."""
         with self._pool_lock:
             self._pool, self._placed = self._new_pool(), 0
-            self._handles.clear()
+            self._places.clear()
+            # Each holds memory, too, if little.
             self._counters.forget()
 
     def _new_pool(self) -> _Pool:
@@ -177,6 +187,11 @@ class _Pool(torch.cuda.MemPool):
     @cached_property
     def id(self) -> tuple[int, int]:
         return super().id
+
+    @property
+    def is_in_use(self) -> bool:
+        """Whether this itself is a use of it; older torches count only what allocates there."""
+        return hasattr(self, "use_count") and self.use_count() > 0
 
 
 class ExportingCarrier(Carrier):

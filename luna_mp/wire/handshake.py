@@ -30,13 +30,14 @@ import psutil
 
 from luna_mp.deadline import Deadline
 from luna_mp.errors import Broken, LunaError, Rejected, WrongKey, WrongVersion
+from luna_mp.processes import born
 from luna_mp.wire.stream import Stream
 
 __all__ = ("PROTOCOL", "Identity", "answer", "greet", "identity", "refuse")
 
 logger = logging.getLogger(__name__)
 
-PROTOCOL = 6
+PROTOCOL = 7
 LENGTH = struct.Struct("!H")
 NONCE_BYTES = 32
 TEXTS = ("client_id", "boot_id", "platform", "torch", "allocator", "role")
@@ -50,8 +51,8 @@ class Identity:
 
     client_id: str
     pid: int
-    #: of the process, in seconds since the epoch: pids are used again, this pair is not
-    created: float
+    #: as `processes.born` says it: pids are used again, this pair is not
+    born: float
     boot_id: str
     platform: str
     torch: str
@@ -69,7 +70,7 @@ class Identity:
         try:
             numbers = {name: int(data[name]) for name in ("pid", "max_message")}
             texts = {name: str(data[name]) for name in TEXTS}
-            typed = {**numbers, **texts, "created": float(data["created"])}
+            typed = {**numbers, **texts, "born": float(data["born"])}
             found = cls(**{**data, **typed, "gpus": tuple(map(str, data["gpus"]))})
             if found.pid <= 0 or found.max_message <= 0:
                 raise ValueError("a number that is not above zero")
@@ -91,7 +92,7 @@ def identity(client_id: str, max_message: int, role: str = "") -> Identity:
     return Identity(
         client_id=client_id or uuid.uuid4().hex,
         pid=os.getpid(),
-        created=psutil.Process().create_time(),
+        born=born(os.getpid()),
         boot_id=_boot_id(),
         platform=sys.platform,
         torch=torch.__version__,

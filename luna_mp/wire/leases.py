@@ -20,6 +20,7 @@ import psutil
 
 from luna_mp.deadline import Deadline
 from luna_mp.errors import OutOfMemory, Rejected
+from luna_mp.processes import is_running
 from luna_mp.wire.carrier import Fence
 
 __all__ = ("Counter", "LeaseBook", "Owner")
@@ -34,21 +35,15 @@ T = TypeVar("T")
 
 
 class Owner(NamedTuple):
-    """A client's process: its pid and its time of creation, since pids are used again."""
+    """A client's process: its pid and its birth, as `processes.born` says it."""
 
     pid: int
-    created: float
+    born: float
 
     def is_gone(self) -> bool:
         """False also where it cannot be told: what is held stays held."""
         try:
-            process = psutil.Process(self.pid)
-            return (
-                abs(process.create_time() - self.created) > 1.0
-                or process.status() == psutil.STATUS_ZOMBIE
-            )
-        except psutil.NoSuchProcess:
-            return True
+            return not is_running(self.pid, self.born)
         except (psutil.AccessDenied, OSError):
             return False
 

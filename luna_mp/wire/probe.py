@@ -68,7 +68,7 @@ def choose(
         host = shm.ShmCarrier(pin_sent=importer is not None)
         reason = _attempt(channel, "shm", partial(_try_shm, channel, host))
     if not reason and importer is not None:
-        owner = Owner(service.pid, service.created)
+        owner = Owner(service.pid, service.born)
         probe = partial(_try_cuda, channel, importer, owner, host)
         reason = avoided or _attempt(channel, "cuda", probe)
     _ask(channel, {"use": channel.carrier, "reason": reason})
@@ -125,7 +125,7 @@ class Answerer:
 
     def __init__(self, channel: Channel, peer: Identity, exporter: Any) -> None:
         self._channel = channel
-        self._owner = Owner(peer.pid, peer.created)
+        self._owner = Owner(peer.pid, peer.born)
         self._exporter = exporter
         self._host: shm.ShmCarrier | None = None
         self._secret = torch.empty(0, dtype=torch.uint8)

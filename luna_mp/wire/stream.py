@@ -278,9 +278,9 @@ class Stream:
         except BlockingIOError:
             return False
         except OSError as exc:
-            # The system tells it once; the next read is to tell it too. Without the frames that it
-            # came through: what they hold would be held for as long as this.
-            self._error = exc.with_traceback(None)
+            # The system tells it once; the next read is to tell it too. A fresh one: what the
+            # frames hold that this came through would be held for as long as it.
+            self._error = type(exc)(*exc.args)
             return True
 
     def wake(self) -> None:

@@ -9,9 +9,9 @@ import mmap
 import os
 from functools import partial
 
-import psutil
 import torch
 
+from luna_mp.processes import born
 from luna_mp.wire.carrier import Outgoing
 from luna_mp.wire.counters import let_go
 from luna_mp.wire.cuda import HOST, Exporter
@@ -28,7 +28,7 @@ class Exports:
 
     def __init__(self) -> None:
         self.exporter = Exporter(torch.device("cuda", 0), 1 << 30)
-        self.owner = Owner(os.getpid(), psutil.Process().create_time())
+        self.owner = Owner(os.getpid(), born(os.getpid()))
         self.carrier = self.exporter.carrier(self.owner, ShmCarrier(pin_sent=True))
 
     def made(self) -> torch.Tensor:
@@ -43,13 +43,13 @@ class Exports:
         _, _, _, _, _, counter, slot, _, _, must_wait = self.carrier.pack(tensor, out)
         return counter, slot, must_wait
 
-    def counted_by(self, results: int) -> set[tuple[bytes, int]]:
+    def counted_by(self, results: int) -> list[tuple[str, int]]:
         """Counters of so many results at once, which come back."""
-        used = {self.export(Outgoing())[:2] for _ in range(results)}
+        used = [self.export(Outgoing())[:2] for _ in range(results)]
         for counter, slot in used:
             let_go(counter, slot)
         self.exporter.book.collect()
-        return used
+        return sorted((counter.decode(), slot) for counter, slot in used)
 
     def is_waited_for(self, cycles: int = 0) -> bool:
         """What a client is told of a result, which comes back."""
@@ -105,8 +105,8 @@ if __name__ == "__main__":
     torch.zeros(1, device="cuda")
     exports = Exports()
     say(
-        # First: after it there are as many to spare.
-        counters=[len(exports.counted_by(2) | exports.counted_by(2)), len(exports.counted_by(3))],
+        # First: after it there are as many to spare. The first of a place has one for itself.
+        counters=[exports.counted_by(3) for _ in range(3)],
         waits={
             "done": any(exports.is_waited_for() for _ in range(100)),
             "not": exports.is_waited_for(CYCLES),

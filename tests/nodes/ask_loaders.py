@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,10 +20,9 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-import psutil
-
 from luna_mp import runtime
 from luna_mp.errors import LunaError, ModelChanged, Unavailable
+from luna_mp.processes import born
 from tests.nodes import load_pack
 
 sys.path.insert(0, str(load_pack.STUBS))
@@ -127,8 +127,8 @@ def pack() -> dict[str, Any]:
 @contextmanager
 def recorded(role: Any) -> Iterator[None]:
     """As if this process were that service, which answers nobody."""
-    created = psutil.Process().create_time()
-    record = runtime.Record(role, os.getpid(), created, "", "127.0.0.1", 1, created)
+    birth = born(os.getpid())
+    record = runtime.Record(role, os.getpid(), birth, "", "127.0.0.1", 1, time.time())
     runtime.write_record(runtime.runtime_dir(), record)
     yield
     runtime.remove_record(runtime.runtime_dir(), role, 1)

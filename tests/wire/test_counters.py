@@ -17,8 +17,8 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="torch shares GP
 
 @pytest.fixture
 def files():
-    """Three, as torch makes them one after the other, with the first counter at one."""
-    paths = [Path(f"/dev/shm/luna-mp-test-{os.getpid()}-{n}") for n in range(3)]
+    """Six, as torch makes them one after the other, with the first counter at one."""
+    paths = [Path(f"/dev/shm/luna-mp-test-{os.getpid()}-{n}") for n in range(6)]
     for path in paths:
         path.write_bytes(bytes(counters.COUNTERS_START) + struct.pack("<q", 1))
     yield paths
@@ -34,7 +34,7 @@ def is_mapped(path):
 def test_files_that_torch_is_done_with_are_not_kept_mapped(files):
     for path in files:
         assert counters.TorchCounter(f"/{path.name}".encode(), 0).value() == 1
-    assert [is_mapped(path) for path in files] == [False, False, True]
+    assert [is_mapped(path) for path in files] == [False] * 2 + [True] * 4
 
 
 def test_counter_keeps_its_file_while_others_come(files):
@@ -63,18 +63,39 @@ def made(files, monkeypatch):
 def test_counter_that_is_retired_is_the_next_one_s(made):
     book = counters.Counters(torch.device("cpu"))
     first, second = book.take(), book.take()
-    counters.let_go(first.file, first.slot)
     for counter in (first, second):
+        counters.let_go(counter.file, counter.slot)
         counter.retire()
-    assert [first.value(), second.value()] == [0, 0]
     assert [book.take(), book.take()] == [first, second]
     assert [first.value(), second.value()] == [1, 1]
     assert made() == 2
 
 
+def test_counter_of_what_was_given_up_counts_nothing_else(made):
+    """A worker that was stopped goes on, and lets go of what was taken back from it."""
+    book = counters.Counters(torch.device("cpu"))
+    first = book.take()
+    first.release()
+    first.retire()
+    second = book.take()
+    counters.let_go(first.file, first.slot)
+    assert second.value() == 1
+
+
+def test_counter_that_was_let_go_of_too_often_counts_nothing_else(made):
+    book = counters.Counters(torch.device("cpu"))
+    first = book.take()
+    for _ in range(2):
+        counters.let_go(first.file, first.slot)
+    first.retire()
+    assert first.value() == 0
+    assert book.take() is not first
+
+
 def test_counters_that_count_nothing_are_let_go_of(made):
     book = counters.Counters(torch.device("cpu"))
     first = book.take()
+    counters.let_go(first.file, first.slot)
     first.retire()
     book.forget()
     assert book.take() is not first

@@ -31,6 +31,7 @@ class Runtime:
 
     def __init__(self):
         self.released = Counter()
+        self.events = []
         #: raised when the second one is opened: before that is noted, or right after
         self.before = None
         self.after = None
@@ -40,6 +41,10 @@ class Runtime:
 
     def close(self):
         pass
+
+    def is_written(self, event, device):
+        self.events.append(event)
+        return lambda: True
 
     def over(self, segment, offset, how, counter, slot, device):
         if slot == 2 and self.before:
@@ -88,7 +93,7 @@ def runtime(monkeypatch):
     fake = Runtime()
     monkeypatch.setattr(cuda_runtime, "is_there", lambda: True)
     monkeypatch.setattr(cuda_runtime, "Mappings", lambda device: fake)
-    monkeypatch.setattr(cuda_runtime, "is_written", lambda event, device: lambda: True)
+    monkeypatch.setattr(cuda_runtime, "is_written", fake.is_written)
     monkeypatch.setattr(cuda_runtime, "over", fake.over)
     monkeypatch.setattr(counters, "let_go", fake.release)
     return fake
@@ -153,6 +158,13 @@ def test_results_are_let_go_of_when_they_are_dropped(runtime, carrier):
     assert not runtime.released
     del results
     assert runtime.released == ONCE
+
+
+def test_event_of_a_connection_is_opened_once(runtime, carrier):
+    for _ in range(2):
+        read(carrier, Source(to_host=False))
+        carrier.unpack((HOST, "where", b"event", True), Source(to_host=True))
+    assert runtime.events == [b"event"]
 
 
 def test_results_on_the_host_are_let_go_of_at_once(runtime, carrier):
