@@ -13,8 +13,9 @@ def born(pid: int) -> float:
     On Linux they count from the boot. psutil adds the time of that, which moves whenever the clock
     is set. Raises `psutil.NoSuchProcess`.
     """
-    seconds = psutil.Process(pid).create_time()
-    return seconds - psutil.boot_time() if psutil.LINUX else seconds
+    # In this order: older psutils add the time of the boot that was asked for last.
+    boot = psutil.boot_time() if psutil.LINUX else 0.0
+    return psutil.Process(pid).create_time() - boot
 
 
 def is_running(pid: int, birth: float) -> bool:
