@@ -177,6 +177,12 @@ class Answerer:
         if uuid not in gpus:
             here = ", ".join(map(str, gpus))
             raise Rejected(f"the service is on GPU {uuid}, and this process computes on {here}")
+        # What it holds would be taken from it at once.
+        if self._owner.is_gone():
+            raise Rejected(
+                f"the service sees no process {self._owner.pid} that is this one: run both in one "
+                "PID namespace (docker run --pid=host)"
+            )
         return uuid
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -182,6 +183,18 @@ def test_a_service_without_a_gpu_says_so(service, importer, address):
     with connected(service, None, importer, address) as (_, client):
         assert client.carrier == "shm"
         assert client.reason == "cuda: the service has no GPU whose memory it can share"
+
+
+def test_a_client_of_another_pid_namespace_gets_no_memory_that_would_be_taken_back_at_once(
+    service, gpu, importer, address, monkeypatch
+):
+    with served(service.exposed(), address, exporter=FakeExporter(gpu)) as server:
+        elsewhere = replace(handshake.identity("", LIMIT), pid=1 << 30)
+        monkeypatch.setattr(handshake, "identity", lambda *_: elsewhere)
+        with endpoint(server, importer=importer) as client:
+            client.open(soon())
+            assert client.carrier == "shm"
+            assert "cuda: the service sees no process 1073741824" in client.reason
 
 
 def test_a_client_that_wants_no_gpu_has_no_reason_to_give(service, gpu, address):
