@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import psutil
 
 __all__ = ("born", "is_running")
 
+STARTED = 19  # field of /proc/PID/stat, counted from the state on, which follows the name
+
 
 def born(pid: int) -> float:
-    """When a process began, in seconds: whoever asks, and whenever, is told the same.
+    """When a process began, in seconds: on Linux and Windows all are told the same, at any time.
 
-    On Linux they count from the boot. psutil adds the time of that, which moves whenever the clock
-    is set. Raises `psutil.NoSuchProcess`.
+    On Linux they count from the boot, in ticks of the system's clock (proc_pid_stat(5)). psutil
+    adds the time of the boot, which moves whenever the clock is set. Raises `psutil.NoSuchProcess`.
     """
-    # In this order: older psutils add the time of the boot that was asked for last.
-    boot = psutil.boot_time() if psutil.LINUX else 0.0
-    return psutil.Process(pid).create_time() - boot
+    if not psutil.LINUX:
+        return psutil.Process(pid).create_time()
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        raise psutil.NoSuchProcess(pid) from None
+    return int(stat.rpartition(b")")[2].split()[STARTED]) / os.sysconf("SC_CLK_TCK")
 
 
 def is_running(pid: int, birth: float) -> bool:
@@ -24,7 +33,6 @@ def is_running(pid: int, birth: float) -> bool:
     Raises `psutil.AccessDenied` or `OSError` where that cannot be told.
     """
     try:
-        # The system's clock counts in hundredths.
-        return abs(born(pid) - birth) < 1.0 and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        return born(pid) == birth and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False

@@ -15,8 +15,10 @@ from pathlib import Path
 import platformdirs
 
 from luna_mp.config import DEFAULT_PORTS, Role
-from luna_mp.errors import BadConfig, Unavailable
+from luna_mp.deadline import Deadline
+from luna_mp.errors import BadConfig, LunaError, Unavailable
 from luna_mp.processes import is_running
+from luna_mp.wire import stream
 
 __all__ = (
     "Record",
@@ -31,6 +33,7 @@ __all__ = (
 )
 
 KEY_BYTES = 32
+ASK_SECONDS = 1.0
 SOCKET_PATH_BYTES = 107  # sockaddr_un's limit on Linux, less the final zero
 
 
@@ -54,7 +57,8 @@ class Record:
         return self.socket or (self.host, self.port)
 
     def is_running(self) -> bool:
-        return is_running(self.pid, self.born)
+        # One of another PID namespace has another pid here, and is there all the same.
+        return is_running(self.pid, self.born) or bool(self.socket) and _is_answered(self.socket)
 
 
 def runtime_dir(explicit: str = "") -> Path:
@@ -165,6 +169,14 @@ def find(directory: Path, role: Role) -> Record:
         )
     addresses = ", ".join(str(record.socket or record.port) for record in records)
     raise Unavailable(f"several {role} services run, name one with {role}=…: {addresses}")
+
+
+def _is_answered(path: str) -> bool:
+    try:
+        stream.connect(path, Deadline(ASK_SECONDS, f"asking who is at {path}")).close()
+    except LunaError:
+        return False
+    return True
 
 
 def _record_path(directory: Path, role: Role, port: int) -> Path:

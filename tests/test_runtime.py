@@ -16,6 +16,7 @@ from luna_mp import runtime
 from luna_mp.config import DEFAULT_PORTS
 from luna_mp.errors import BadConfig, Unavailable
 from luna_mp.processes import born
+from luna_mp.wire import stream
 from tests.helpers import wait_until
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="modes and links are POSIX")
@@ -193,6 +194,16 @@ def test_removed_record_is_gone_and_may_be_removed_again(runtime_dir):
 def test_record_of_an_ended_process_is_removed(runtime_dir, ended):
     runtime.write_record(runtime_dir, record(**ended))
     assert runtime.read_records(runtime_dir, "clip") == [] == os.listdir(runtime_dir)
+
+
+@posix
+def test_record_of_a_service_that_answers_is_left_whatever_its_pid(runtime_dir, ended):
+    """Another PID namespace counts its processes otherwise."""
+    path = str(runtime_dir / "s")
+    with stream.listen(path):
+        runtime.write_record(runtime_dir, record(socket=path, **ended))
+        assert len(runtime.read_records(runtime_dir, "clip")) == 1
+    assert runtime.read_records(runtime_dir, "clip") == []
 
 
 def test_record_of_a_pid_that_was_used_again_is_removed(runtime_dir):

@@ -51,7 +51,6 @@ HOST = "host"  # opens the token of what is copied to the host
 COPIED_HERE = range(1 << 20, (64 << 20) + 1)
 MAX_PLACES = 4096  # addresses of results, of which a workflow has a few for each size
 
-
 #: the handle that opens a segment of the card's memory, and an offset in it, in bytes
 _Place = tuple[bytes, int]
 

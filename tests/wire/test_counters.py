@@ -108,5 +108,12 @@ def test_client_lets_go_of_what_a_service_has_that_goes_on(files):
     assert counter.value() == 0
 
 
+def test_client_writes_to_no_file_but_torch_s(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(bytes(4096))
+    counters.let_go(f"/../..{path}".encode(), 0)
+    assert path.read_bytes() == bytes(4096)
+
+
 def test_client_lets_go_of_what_a_service_had_that_has_gone():
     counters.let_go(b"/luna-mp-test-that-has-gone", 0)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import psutil
 import pytest
 
 from luna_mp.deadline import Deadline
 from luna_mp.errors import OutOfMemory, Rejected
+from luna_mp.processes import born
 from luna_mp.wire import leases
 from luna_mp.wire.leases import LeaseBook, Owner
 from tests.helpers import wait_until
@@ -136,5 +139,6 @@ def test_an_owner_that_cannot_be_looked_at_is_there(monkeypatch, error):
     def process(pid):
         raise error
 
-    monkeypatch.setattr(leases.psutil, "Process", process)
-    assert not ALICE.is_gone()
+    owner = Owner(os.getpid(), born(os.getpid()))
+    monkeypatch.setattr(psutil, "Process", process)
+    assert not owner.is_gone()
