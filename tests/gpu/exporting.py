@@ -59,21 +59,21 @@ class Exports:
         return must_wait
 
     def left_after(self, releases: int) -> int:
-        """Bytes still taken once a client let go so often."""
+        """Results whose memory is still taken once a client let go of one so often."""
         before = torch.cuda.memory_allocated()
         counter, slot, _ = self.export(Outgoing())
         for _ in range(releases):
             let_go(counter, slot)
         self.exporter.book.collect()
-        return torch.cuda.memory_allocated() - before
+        return results_since(before)
 
     def left_after_taking_back(self) -> int:
-        """Bytes still taken of a message that never left."""
+        """Results whose memory is still taken of a message that never left."""
         before, out = torch.cuda.memory_allocated(), Outgoing()
         self.export(out)
         out.take_back()
         self.exporter.book.collect()
-        return torch.cuda.memory_allocated() - before
+        return results_since(before)
 
     def lies_where_it_was_made(self, is_given_up: bool) -> bool:
         """Whether no copy of it is exported, as of what lies in memory that was given up."""
@@ -91,6 +91,11 @@ class Exports:
         assert not self.exporter.is_done()
         out.take_back()
         return self.exporter.is_done()
+
+
+def results_since(before: int) -> int:
+    """So many of `SIZE` were taken since; counters take some bytes, too, and come and go."""
+    return round((torch.cuda.memory_allocated() - before) / SIZE)
 
 
 def pinned_twice() -> tuple[bool, float]:
