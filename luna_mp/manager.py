@@ -23,8 +23,7 @@ from typing import Any
 import torch
 
 from luna_mp.calls import Calls, Exposed, OnFault
-from luna_mp.deadline import Deadline
-from luna_mp.errors import LunaError, Unavailable
+from luna_mp.errors import LunaError
 from luna_mp.sessions import Sessions
 from luna_mp.wire import handshake, probe, stream
 from luna_mp.wire.channel import Channel
@@ -295,11 +294,8 @@ class LocalManager(Manager):
     def get_server(self) -> Server:
         """Like the base's; a socket file that a killed service left behind is replaced."""
         path = self.address
-        if isinstance(path, str) and os.path.exists(path):
-            try:
-                stream.connect(path, Deadline(1.0, f"asking who is at {path}")).close()
-            except Unavailable:
-                os.unlink(path)
+        if isinstance(path, str) and os.path.exists(path) and not stream.is_answered(path):
+            os.unlink(path)
         return super().get_server()
 
 

@@ -15,10 +15,9 @@ from pathlib import Path
 import platformdirs
 
 from luna_mp.config import DEFAULT_PORTS, Role
-from luna_mp.deadline import Deadline
-from luna_mp.errors import BadConfig, LunaError, Unavailable
+from luna_mp.errors import BadConfig, Unavailable
 from luna_mp.processes import is_running
-from luna_mp.wire import stream
+from luna_mp.wire.stream import is_answered
 
 __all__ = (
     "Record",
@@ -33,7 +32,6 @@ __all__ = (
 )
 
 KEY_BYTES = 32
-ASK_SECONDS = 1.0
 SOCKET_PATH_BYTES = 107  # sockaddr_un's limit on Linux, less the final zero
 
 
@@ -58,7 +56,7 @@ class Record:
 
     def is_running(self) -> bool:
         # One of another PID namespace has another pid here, and is there all the same.
-        return is_running(self.pid, self.born) or bool(self.socket) and _is_answered(self.socket)
+        return is_running(self.pid, self.born) or bool(self.socket) and is_answered(self.socket)
 
 
 def runtime_dir(explicit: str = "") -> Path:
@@ -169,14 +167,6 @@ def find(directory: Path, role: Role) -> Record:
         )
     addresses = ", ".join(str(record.socket or record.port) for record in records)
     raise Unavailable(f"several {role} services run, name one with {role}=…: {addresses}")
-
-
-def _is_answered(path: str) -> bool:
-    try:
-        stream.connect(path, Deadline(ASK_SECONDS, f"asking who is at {path}")).close()
-    except LunaError:
-        return False
-    return True
 
 
 def _record_path(directory: Path, role: Role, port: int) -> Path:

@@ -50,8 +50,6 @@ class Channel:
         self._carriers: dict[str, Carrier] = {"inline": self._inline}
         # The fastest first; inline, which takes everything, is the last resort.
         self._order: list[Carrier] = []
-        #: name of the fastest carrier in use; small tensors of the host go inline all the same
-        self.carrier = "inline"
         #: what gives back what carriers took for the last message, should it never be read
         self._sent: list[Callable[[], None]] = []
         self._refused: _Body | None = None
@@ -71,18 +69,19 @@ class Channel:
     ) -> None:
         self.close()
 
+    @property
+    def carrier(self) -> str:
+        """Name of the fastest carrier in use; small tensors of the host go inline all the same."""
+        return self._order[0].name if self._order else "inline"
+
     def use(self, carrier: Carrier) -> None:
         """Prefer `carrier` from now on, and understand what comes by it."""
         self._carriers[carrier.name] = carrier
-        self._prefer([carrier, *self._order])
+        self._order.insert(0, carrier)
 
     def demote(self, name: str) -> None:
         """Send no more by that carrier; what is still under way by it is understood."""
-        self._prefer([carrier for carrier in self._order if carrier.name != name])
-
-    def _prefer(self, order: list[Carrier]) -> None:
-        self._order = order
-        self.carrier = order[0].name if order else "inline"
+        self._order = [carrier for carrier in self._order if carrier.name != name]
 
     def settle(self, after: Fence | None) -> None:
         """What was received is in use until the work behind `after` is done."""
@@ -230,16 +229,13 @@ class Channel:
 
 
 class _Withdrawn(BaseException):
-    """Raised past all that would take the caller's own error for one of a tensor."""
-
-    def __init__(self, why: BaseException) -> None:
-        super().__init__()
-        self._why: list[BaseException] = [why]
+    """Raised from the caller's own error past all that would take that for one of a tensor."""
 
     def taken(self) -> BaseException:
-        """It, once: two errors that hold each other would keep all that either has passed."""
-        self.__cause__ = None
-        return self._why.pop()
+        """That error, once: two that hold each other would keep all that either has passed."""
+        why, self.__cause__ = self.__cause__, None
+        assert why is not None, "it was taken before"
+        return why
 
 
 class Packed(NamedTuple):
@@ -326,7 +322,7 @@ class _Body:
         except TimedOut:
             raise
         except BaseException as exc:
-            raise _Withdrawn(exc) from exc
+            raise _Withdrawn from exc
 
     def close(self) -> None:
         for fd in self._fds:

@@ -12,13 +12,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from luna_mp.deadline import Deadline, nap
-from luna_mp.errors import Broken, LunaError, Unavailable
+from luna_mp.errors import Broken, LunaError, TimedOut, Unavailable
 
-__all__ = ("Buffer", "NeverRead", "Stream", "connect", "listen", "place_of")
+__all__ = ("Buffer", "NeverRead", "Stream", "connect", "is_answered", "listen", "place_of")
 
 MAX_FDS = 16  # descriptors that one header may bring
 BACKLOG = 128
 KEEPALIVE_IDLE = 30  # seconds of silence after which TCP asks whether the peer is still there
+ASK_SECONDS = 1.0  # to see who listens
 CONNECT_RETRY = 0.01  # seconds; Linux answers EAGAIN while the backlog of a Unix socket is full
 
 # A sleeping thread takes some 50 µs to wake, on virtual machines more; what comes soon is awaited
@@ -322,6 +323,17 @@ def connect(address: str | tuple[str, int], deadline: Deadline) -> Stream:
         return Stream(sock, peer, CLIENT_SPIN, CLIENT_DOZE)
     except OSError as exc:
         raise _unreachable(exc, peer, deadline) from exc
+
+
+def is_answered(path: str) -> bool:
+    """Whether anybody listens on a Unix socket's path, which a killed service leaves behind."""
+    try:
+        connect(path, Deadline(ASK_SECONDS, f"asking who is at {path}")).close()
+    except Unavailable:
+        return False
+    except TimedOut:
+        pass  # who listens has more in line than it accepts
+    return True
 
 
 def _unreachable(exc: OSError, peer: str, deadline: Deadline) -> LunaError:

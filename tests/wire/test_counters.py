@@ -49,15 +49,16 @@ def test_counter_keeps_its_file_while_others_come(files):
 
 @pytest.fixture
 def made(files, monkeypatch):
-    """Counters of files that torch would have made; how many were."""
-    numbers = iter(range(len(files)))
+    """The counters that torch would have made, each in a file of its own."""
+    made = []
 
     def make(self):
-        name = f"/{files[next(numbers)].name}".encode()
-        return counters.TorchCounter(name, 0, None, self._spare)
+        name = f"/{files[len(made)].name}".encode()
+        made.append(counters.TorchCounter(name, 0, None, self._spare))
+        return made[-1]
 
     monkeypatch.setattr(counters.Counters, "_made", make)
-    return lambda: len(files) - len(list(numbers))
+    return made
 
 
 def test_counter_that_is_retired_is_the_next_one_s(made):
@@ -68,7 +69,7 @@ def test_counter_that_is_retired_is_the_next_one_s(made):
         counter.retire()
     assert [book.take(), book.take()] == [first, second]
     assert [first.value(), second.value()] == [1, 1]
-    assert made() == 2
+    assert len(made) == 2
 
 
 def test_counter_of_what_was_given_up_counts_nothing_else(made):

@@ -165,6 +165,9 @@ def test_event_of_a_connection_is_opened_once(runtime, carrier):
         read(carrier, Source(to_host=False))
         carrier.unpack((HOST, "where", b"event", True), Source(to_host=True))
     assert runtime.events == [b"event"]
+    carrier.close()
+    read(carrier, Source(to_host=False))
+    assert runtime.events == [b"event"] * 2
 
 
 def test_results_on_the_host_are_let_go_of_at_once(runtime, carrier):

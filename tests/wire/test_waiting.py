@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from luna_mp.deadline import Deadline
 from luna_mp.errors import Broken, TimedOut
+from luna_mp.wire import stream
 from luna_mp.wire.carrier import Carrier
 from luna_mp.wire.channel import HEADER, Channel
 from luna_mp.wire.stream import NeverRead, connect, listen
@@ -218,3 +220,14 @@ def test_the_channel_goes_on_after_a_wait(ends):
         left.send({"value": value}, soon())
         assert right.recv(soon())["value"].numel() == value.numel()
     wait_until(lambda: not right.stream.is_readable(0.0))
+
+
+@pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="no Unix sockets here")
+def test_who_has_more_in_line_than_it_accepts_is_there_until_it_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(stream, "ASK_SECONDS", 0.05)
+    path = str(tmp_path / "s")
+    with listen(path) as listener:
+        listener.listen(0)
+        with Channel(connect(path, soon()), LIMIT):
+            assert stream.is_answered(path)
+    assert not stream.is_answered(path)
