@@ -15,7 +15,7 @@ from functools import lru_cache
 
 import torch
 
-__all__ = ("Counters", "TorchCounter", "let_go")
+__all__ = ("Counters", "TorchCounter", "let_go", "reach")
 
 COUNTER_BYTES = 8
 COUNTERS_START = 64  # torch's shared memory opens with a header of its own
@@ -86,6 +86,17 @@ class Counters:
         donor = torch.empty(1, device=self._device).untyped_storage()
         *_, file, slot, _, _ = donor._share_cuda_()
         return TorchCounter(file, slot, donor, self._spare)
+
+
+def reach(file: bytes) -> None:
+    """Raise `RuntimeError` where a client cannot count in the service's file."""
+    try:
+        _counters(file)
+    except OSError as exc:
+        raise RuntimeError(
+            f"the service's counters cannot be opened ({exc}): run both with one /dev/shm "
+            "(docker run --ipc=host)"
+        ) from exc
 
 
 def let_go(file: bytes, slot: int) -> None:

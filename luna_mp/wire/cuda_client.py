@@ -61,7 +61,8 @@ class ImportingCarrier(Carrier):
         self._device = torch.device("cuda", index)
         self._host = host
         self._is_written: Callable[[], bool] | None = None
-        for old in [owner for owner in _leased if owner.is_gone()]:
+        # A list first, which is made at once: connections are opened by several threads.
+        for old in [owner for owner in list(_leased) if owner.is_gone()]:
             _leased.pop(old, None)
         self._leased = _leased.setdefault(service, {})
         # torch's own import is slower than the runtime's.
@@ -72,6 +73,8 @@ class ImportingCarrier(Carrier):
         self._opened_last = 0  # the number of a lease
 
     def pack(self, tensor: torch.Tensor, out: Outgoing) -> Token:
+        if tensor.layout != torch.strided:
+            raise NoRoom("this tensor has no memory of its own")
         storage = tensor.untyped_storage()
         number, is_over = self._leased.get(storage.data_ptr(), (0, None))
         if is_over is None or is_over():
@@ -140,6 +143,8 @@ class ImportingCarrier(Carrier):
         self, number: int, how: Layout, handle: bytes, offset: int, counter: bytes, slot: int
     ) -> Opened:
         """The whole export, so laid out, which may be still to be written. Nothing is queued."""
+        # Before the GPU's memory, which nobody would learn that it was let go of.
+        counters.reach(counter)
         # First: after an interrupt, to let go never is mended when this process ends, and twice is
         # mended by nothing.
         self._opened_last = number

@@ -109,6 +109,11 @@ def test_client_lets_go_of_what_a_service_has_that_goes_on(files):
     assert counter.value() == 0
 
 
+def test_client_with_another_dev_shm_is_told():
+    with pytest.raises(RuntimeError, match=r"cannot be opened .*: run both with one /dev/shm"):
+        counters.reach(b"/luna-mp-test-that-is-elsewhere")
+
+
 def test_client_writes_to_no_file_but_torch_s(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(bytes(4096))

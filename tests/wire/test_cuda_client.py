@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from luna_mp.errors import Rejected, TimedOut
-from luna_mp.wire import codec, counters, cuda_runtime, layout
+from luna_mp.wire import codec, counters, cuda_client, cuda_runtime, layout
 from luna_mp.wire.carrier import CarrierFailed
 from luna_mp.wire.cuda import HOST
 from luna_mp.wire.cuda_client import ImportingCarrier
@@ -35,6 +35,8 @@ class Runtime:
         #: raised when the second one is opened: before that is noted, or right after
         self.before = None
         self.after = None
+        #: raised for counters that this process cannot count in
+        self.unreachable = None
 
     def segment(self, handle):
         return handle
@@ -58,6 +60,10 @@ class Runtime:
 
     def release(self, counter, slot):
         self.released[slot] += 1
+
+    def reach(self, counter):
+        if self.unreachable:
+            raise self.unreachable
 
 
 class Host:
@@ -96,6 +102,7 @@ def runtime(monkeypatch):
     monkeypatch.setattr(cuda_runtime, "is_written", fake.is_written)
     monkeypatch.setattr(cuda_runtime, "over", fake.over)
     monkeypatch.setattr(counters, "let_go", fake.release)
+    monkeypatch.setattr(counters, "reach", fake.reach)
     return fake
 
 
@@ -187,6 +194,28 @@ def test_memory_that_cannot_be_opened_lets_go_of_all(runtime, carrier, source):
     with pytest.raises(CarrierFailed, match="invalid resource handle"):
         read(carrier, source)
     assert runtime.released == ONCE
+
+
+def test_nothing_is_opened_that_could_not_be_let_go_of(runtime, carrier, source, monkeypatch):
+    runtime.unreachable = RuntimeError("the service's counters cannot be opened")
+    monkeypatch.setattr(cuda_runtime, "over", None)
+    with pytest.raises(CarrierFailed, match="counters cannot be opened"):
+        read(carrier, source)
+    assert runtime.released == ONCE
+
+
+def test_connections_are_opened_while_others_are(runtime, host, monkeypatch):
+    known = {}
+
+    class Known(Owner):
+        def is_gone(self):
+            known[Owner(2, 2.0)] = {}
+            return True
+
+    known[Known(1, 1.0)] = {}
+    monkeypatch.setattr(cuda_client, "_leased", known)
+    ImportingCarrier(0, Owner(3, 3.0), host)
+    assert set(known) == {Owner(2, 2.0), Owner(3, 3.0)}
 
 
 def test_an_interrupt_right_after_opening_lets_go_once(runtime, carrier, source):
