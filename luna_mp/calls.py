@@ -77,7 +77,13 @@ class Call:
 
     def wait_for_room(self) -> None:
         """Return once the client may be given more memory of the GPU. Raises `OutOfMemory`."""
-        self._answerer.wait_for_room(self.deadline)
+        # What is copied to its host it lets go of at once.
+        if not self.to_host:
+            self._answerer.wait_for_room(self.deadline)
+
+    def has_room(self) -> bool:
+        """Whether it may be, now."""
+        return self.to_host or self._answerer.has_room()
 
     def hold(self, context: AbstractContextManager[Any]) -> None:
         """Enter it now, and leave it once the reply is packed, or sent; once in a call."""

@@ -17,6 +17,7 @@ from luna_mp.errors import Broken, LunaError, Rejected, Unavailable, revive
 from luna_mp.wire import handshake, probe, stream
 from luna_mp.wire.carrier import CarrierFailed
 from luna_mp.wire.channel import Channel
+from luna_mp.wire.leases import Owner
 
 __all__ = ("Address", "Endpoint")
 
@@ -55,7 +56,9 @@ class Endpoint:
         self.client_id = uuid.uuid4().hex
         self._max_message = ServiceConfig.max_message
         self._importer = importer
-        #: why the GPU is not shared any more, after that failed in mid-life
+        #: of the last connection
+        self._service: Owner | None = None
+        #: why the GPU of that service is not shared any more, after that failed in mid-life
         self._avoided = ""
         self._lock = threading.Lock()
         # Not a semaphore, which is slower, and which an interrupt can leave locked.
@@ -112,7 +115,7 @@ class Endpoint:
         met: list[type[Broken]] = []
         while True:
             try:
-                return self._exchange(request, deadline)
+                return _if_carried(self._exchange(request, deadline))
             except (stream.NeverRead, CarrierFailed) as exc:
                 if type(exc) in met:
                     raise
@@ -247,7 +250,8 @@ class Endpoint:
                     f"{connected.peer} is the {theirs.role} service and the {self.role} service is "
                     "wanted: are the two addresses swapped?"
                 )
-            self.reason = probe.choose(channel, theirs, self._importer, self._avoided)
+            avoided = self._avoided_of(Owner(theirs.pid, theirs.born))
+            self.reason = probe.choose(channel, theirs, self._importer, avoided)
         except BaseException:  # also an interrupt leaves no connection open
             channel.close()
             raise
@@ -256,6 +260,20 @@ class Endpoint:
             if self.carrier == "cuda" and self._watcher.ident is None and not self._is_closed:
                 self._watcher.start()
         return channel
+
+    def _avoided_of(self, service: Owner) -> str:
+        """Why its GPU is not to be shared; what failed with another service need not fail now."""
+        with self._lock:
+            if service != self._service:
+                self._service, self._avoided = service, ""
+            return self._avoided
+
+
+def _if_carried(reply: dict[str, Any]) -> dict[str, Any]:
+    """Raises `CarrierFailed` where the service had a result that it could not hand over."""
+    if reply.get("kind") == CarrierFailed.__name__:
+        raise CarrierFailed(reply["error"])
+    return reply
 
 
 def _revived(reply: dict[str, Any], deadline: Deadline) -> LunaError:

@@ -39,6 +39,8 @@ def _service(role: str, status: dict[str, Any]) -> Iterator[str]:
         )
     for client in status["clients"]:
         yield f"  client {client['client'][:8]}: {_client(client)}"
+    for pid, leased in status["leases"].items():
+        yield f"  pid {pid} holds {_mib(leased['bytes'])} on the GPU in {leased['leases']} results"
 
 
 def _client(client: dict[str, Any]) -> str:

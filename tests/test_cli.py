@@ -44,6 +44,7 @@ STATUS = {
             "last_call": 0.0,
         }
     ],
+    "leases": {"8": {"bytes": 64 << 20, "leases": 3}},
 }
 
 
@@ -179,3 +180,7 @@ def test_report_gives_times_for_each_method():
 def test_report_says_how_a_client_is_served():
     text = describe({"vae": STATUS})
     assert "client cccccccc: pid 8 by shm (because no GPU), 5 calls, 1 failed" in text
+
+
+def test_report_says_who_holds_how_much_of_the_gpu():
+    assert "pid 8 holds 64 MiB on the GPU in 3 results" in describe({"vae": STATUS})

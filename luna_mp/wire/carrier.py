@@ -27,7 +27,12 @@ class NoRoom(Exception):
 
 
 class CarrierFailed(Broken):
-    """Raised by a client that cannot open what came; the call is made again by another carrier."""
+    """Raised for what could not be shared, or opened; the call is made again by another carrier."""
+
+    @classmethod
+    def by(cls, name: str, error: BaseException) -> CarrierFailed:
+        """What torch and the system say of a carrier, without torch's advice."""
+        return cls(f"{name}: {(str(error) or type(error).__name__).splitlines()[0]}")
 
 
 class Outgoing:

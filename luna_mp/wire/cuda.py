@@ -34,8 +34,9 @@ from functools import cached_property, partial
 import torch
 
 from luna_mp.errors import Rejected
+from luna_mp.faults import is_gpu_fault, is_out_of_memory
 from luna_mp.wire import layout
-from luna_mp.wire.carrier import Carrier, Fence, Incoming, NoRoom, Outgoing, Token
+from luna_mp.wire.carrier import Carrier, CarrierFailed, Fence, Incoming, NoRoom, Outgoing, Token
 from luna_mp.wire.counters import Counters, TorchCounter
 from luna_mp.wire.leases import LeaseBook, Owner
 from luna_mp.wire.shm import ShmCarrier
@@ -213,6 +214,15 @@ class ExportingCarrier(Carrier):
     def pack(self, tensor: torch.Tensor, out: Outgoing) -> Token:
         if tensor.device != self._exporter.device or not tensor.numel():
             raise NoRoom("this tensor does not lie on the service's GPU")
+        try:
+            return self._pack(tensor, out)
+        except (RuntimeError, OSError) as exc:
+            if is_gpu_fault(exc) or is_out_of_memory(exc):
+                raise
+            logger.warning("a result cannot be shared", exc_info=exc)
+            raise CarrierFailed.by(self.name, exc) from exc
+
+    def _pack(self, tensor: torch.Tensor, out: Outgoing) -> Token:
         if out.to_host and tensor.numel() * tensor.itemsize in COPIED_HERE:
             with suppress(NoRoom):
                 return self._pack_copy(tensor, out)

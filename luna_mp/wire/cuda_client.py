@@ -92,7 +92,7 @@ class ImportingCarrier(Carrier):
         try:
             return unpack(token, source)
         except RuntimeError as exc:
-            raise CarrierFailed(f"cuda: {str(exc).splitlines()[0]}") from exc
+            raise CarrierFailed.by(self.name, exc) from exc
 
     def _unpack_copy(self, token: Token, source: Incoming) -> torch.Tensor:
         """What the service copies to shared memory, once that is done."""

@@ -138,6 +138,10 @@ class LeaseBook(Generic[T]):
         with self._lock:
             return sum(each.nbytes for each in self._leases.values() if each.owner == owner)
 
+    def has_room(self, owner: Owner) -> bool:
+        """Whether a client holds less than its share."""
+        return not self._leases or self.leased(owner) < self.most
+
     def wait_for_room(self, owner: Owner, deadline: Deadline) -> None:
         """Return once a client holds less than its share. Raises `OutOfMemory`.
 

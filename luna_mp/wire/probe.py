@@ -163,6 +163,13 @@ class Answerer:
         if self._channel.carrier == "cuda":
             self._exporter.book.wait_for_room(self._owner, deadline)
 
+    def has_room(self) -> bool:
+        """Whether it does, now."""
+        if self._channel.carrier != "cuda":
+            return True
+        is_there: bool = self._exporter.book.has_room(self._owner)
+        return is_there
+
     def place(self, step: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Run the last step of a result where this client may share its memory."""
         if self._channel.carrier != "cuda":

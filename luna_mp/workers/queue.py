@@ -45,6 +45,9 @@ class Call(Protocol):
     def wait_for_room(self) -> None:
         """Return once the client may be given more memory of the GPU. Raises `OutOfMemory`."""
 
+    def has_room(self) -> bool:
+        """Whether it may be, now."""
+
 
 @dataclass
 class Ticket:
@@ -128,12 +131,20 @@ class SingleFlight:
         if call.is_abandoned():
             raise Broken(f"{call.method} was dropped before it ran: nobody waits for it any more")
 
+    def step_back(self, ticket: Ticket) -> None:
+        """Leave without having run, to come again."""
+        with self._mutex:
+            self._remove(ticket)
+
+    def _remove(self, ticket: Ticket) -> None:
+        self._line.remove(ticket)
+        if self._line and (comes := self._line[0].comes) is not None:
+            comes.set()
+
     def leave(self, ticket: Ticket) -> None:
         """The second half of `turn`."""
         with self._mutex:
-            self._line.remove(ticket)
-            if self._line and (comes := self._line[0].comes) is not None:
-                comes.set()
+            self._remove(ticket)
             if not ticket.started:
                 self._dropped += 1
                 return

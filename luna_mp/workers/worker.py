@@ -44,7 +44,7 @@ class Worker(Generic[M]):
 
     def load(self, call: Call, model: dict[str, Any]) -> dict[str, Any]:
         """Load a model from an allowed directory ahead of its first use."""
-        _, loaded = self.take(call, model)
+        _, loaded = self.take(call, model, gives_tensors=False)
         return {"dtype": str(loaded.dtype), "bytes": loaded.weight_bytes()}
 
     def unload(self, call: Call, model: dict[str, Any]) -> bool:
@@ -63,27 +63,40 @@ class Worker(Generic[M]):
             "memory": memory.used(self.device),
         }
 
-    def take(self, call: Call, wanted: dict[str, Any] | None) -> tuple[Key, M]:
-        """The model, with its turn, which the call holds until its reply is packed."""
+    def take(
+        self, call: Call, wanted: dict[str, Any] | None, gives_tensors: bool = True
+    ) -> tuple[Key, M]:
+        """The model, with its turn, which the call holds until its reply is packed.
+
+        Raises `OutOfMemory` for a call that `gives_tensors` to a client which holds too many.
+        """
         if wanted is not None and not isinstance(wanted, dict):
             raise Rejected(f"a model is named by a dict with paths, not by {wanted!r:.100}")
-        # Outside the lock: who holds too much keeps nobody else waiting.
-        call.wait_for_room()
-        call.hold(_Turn(self, call))
+        call.hold(_Turn(self, call, gives_tensors))
         return self.library.get(wanted)
 
 
 class _Turn:
     """The lock, and the device, which belongs to this thread."""
 
-    def __init__(self, worker: Worker[Any], call: Call) -> None:
+    def __init__(self, worker: Worker[Any], call: Call, gives_tensors: bool) -> None:
         self._worker = worker
         self._call = call
+        self._gives_tensors = gives_tensors
 
     def __enter__(self) -> None:
         if (stream := self._worker.stream) is not None:
             torch.cuda.set_device(stream.device_index)
-        self._ticket = self._worker.flight.enter(self._call)
+        flight, call = self._worker.flight, self._call
+        while True:
+            # Outside the lock: who holds too much keeps nobody else waiting.
+            if self._gives_tensors:
+                call.wait_for_room()
+            self._ticket = flight.enter(call)
+            # Meanwhile another call of the same client may have taken the room.
+            if not self._gives_tensors or call.has_room():
+                return
+            flight.step_back(self._ticket)
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         try:

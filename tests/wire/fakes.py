@@ -7,6 +7,7 @@ from contextlib import nullcontext
 
 import torch
 
+from luna_mp.errors import OutOfMemory
 from luna_mp.wire.carrier import Carrier, CarrierFailed, NoRoom
 
 UUID = "11111111-2222"
@@ -45,6 +46,15 @@ class ServiceEndThatCannotExport(ServiceEnd):
         raise RuntimeError("CUDA error: operation not supported\nadvice")
 
 
+class ServiceEndThatFailsLater(ServiceEnd):
+    """Once its GPU is lost, it can export no more."""
+
+    def pack(self, tensor, out):
+        if self._gpu.is_lost:
+            raise CarrierFailed("cuda: No space left on device")
+        return super().pack(tensor, out)
+
+
 class FakeBook:
     def __init__(self):
         self.collected = threading.Event()
@@ -52,8 +62,21 @@ class FakeBook:
     def wait_for_room(self, owner, deadline):
         pass
 
+    def has_room(self, owner):
+        return True
+
     def collect(self):
         self.collected.set()
+
+
+class FullBook(FakeBook):
+    """Everybody holds their share."""
+
+    def wait_for_room(self, owner, deadline):
+        raise OutOfMemory("drop results, or ask for device='cpu'")
+
+    def has_room(self, owner):
+        return False
 
 
 class FakeExporter:

@@ -15,6 +15,7 @@ from luna_mp.wire.leases import LeaseBook, Owner
 from tests.helpers import wait_until
 
 ALICE, BOB = Owner(1, 1.0), Owner(2, 2.0)
+LATER = 10  # looks at a counter
 
 
 class FakeCounter:
@@ -29,6 +30,14 @@ class FakeCounter:
 
     def retire(self):
         self.retired += 1
+
+
+class CounterThatIsLetGoOfLater(FakeCounter):
+    asked = 0
+
+    def value(self):
+        self.asked += 1
+        return int(self.asked < LATER)
 
 
 class FakeFence:
@@ -111,11 +120,14 @@ def test_a_client_over_its_share_is_told_and_others_do_not_wait(book):
     book.wait_for_room(BOB, Deadline(5, "the call"))
 
 
-def test_a_client_over_its_share_goes_on_once_it_lets_go(book):
-    counter = FakeCounter()
+def test_a_client_over_its_share_goes_on_once_it_lets_go(book, monkeypatch):
+    monkeypatch.setattr(leases, "WAIT_SECONDS", 20.0)
+    counter = CounterThatIsLetGoOfLater()
     book.add(ALICE, 100, "result", counter)
-    counter.holders = 0
-    book.wait_for_room(ALICE, Deadline(5, "the call"))
+    assert not book.has_room(ALICE)
+    book.wait_for_room(ALICE, Deadline(20, "the call"))
+    assert book.has_room(ALICE)
+    assert counter.asked >= LATER
 
 
 def test_memory_is_given_back_when_the_dead_held_the_last_of_it(book, dead):

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import threading
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
 
 from luna_mp import errors
+from luna_mp.endpoint import Endpoint
 from luna_mp.wire import handshake, probe, shm
 from luna_mp.wire.carrier import CarrierFailed
-from tests.helpers import endpoint, served, wait_until
+from tests.helpers import KEY, endpoint, served, wait_until
 from tests.same import assert_same
 from tests.wire.fakes import (
     ClientEnd,
@@ -22,9 +23,11 @@ from tests.wire.fakes import (
     FakeExporter,
     FakeGpu,
     FakeImporter,
+    FullBook,
     ImporterWithoutRuntime,
     ServiceEnd,
     ServiceEndThatCannotExport,
+    ServiceEndThatFailsLater,
 )
 from tests.wire.pair import LIMIT, channels, soon
 
@@ -32,6 +35,7 @@ pytestmark = pytest.mark.skipif(not shm.is_supported(), reason="no shared memory
 
 BIG = 40_000  # elements; more than what is sent inline for being small
 LOST = "cuda: invalid resource handle"
+FULL = "cuda: No space left on device"
 
 
 class Service:
@@ -308,6 +312,68 @@ def test_a_result_that_cannot_be_opened_is_asked_for_once_more_by_shared_memory(
     assert_same(call(client, "double", torch.ones(BIG)), torch.full((BIG,), 2.0))
     assert service.runs == 3
     assert importer.tried == 1
+
+
+def test_a_result_that_cannot_be_exported_is_asked_for_once_more_by_shared_memory(
+    service, gpu, importer, address
+):
+    exporter = FakeExporter(gpu, ServiceEndThatFailsLater)
+    with connected(service, exporter, importer, address) as (server, client):
+        call(client, "numbers")
+        gpu.is_lost = True
+        for runs in (3, 4):
+            assert_same(call(client, "numbers"), torch.arange(BIG))
+            assert service.runs == runs
+        assert (client.carrier, client.reason) == ("shm", FULL)
+        assert told(server) == ("shm", FULL)
+
+
+def test_a_result_that_no_carrier_takes_is_told(service, gpu, importer, address, monkeypatch):
+    def pack(self, tensor, out):
+        raise CarrierFailed("shm: full as well")
+
+    def fill():
+        if service.runs == 2:
+            monkeypatch.setattr(shm.ShmCarrier, "pack", pack)
+
+    service.on_run = fill
+    exporter = FakeExporter(gpu, ServiceEndThatFailsLater)
+    with connected(service, exporter, importer, address) as (_, client):
+        gpu.is_lost = True
+        with pytest.raises(errors.Broken, match="full as well"):
+            call(client, "numbers")
+        assert service.runs == 2
+
+
+def test_a_service_that_comes_back_shares_its_gpu_again(service, gpu, importer, address):
+    exporter = FakeExporter(gpu)
+    with closing(Endpoint("vae", lambda: address, KEY, importer)) as client:
+        with served(service.exposed(), address, exporter=exporter):
+            client.open(soon())
+            gpu.is_lost = True
+            call(client, "numbers")
+            assert (client.carrier, client.reason) == ("shm", LOST)
+        gpu.is_lost = False
+        with served(service.exposed(), address, exporter=exporter) as server:
+            server._identity = replace(server._identity, born=2.0)
+            assert_same(call(client, "numbers"), torch.arange(BIG))
+            assert (client.carrier, client.reason) == ("cuda", "")
+
+
+def test_a_client_that_wants_its_results_on_the_host_needs_no_room_on_the_gpu(
+    service, gpu, importer, address
+):
+    def room(call):
+        call.wait_for_room()
+        return call.has_room()
+
+    exporter = FakeExporter(gpu)
+    exporter.book = FullBook()
+    with served({"room": room}, address, exporter=exporter) as server:
+        with endpoint(server, importer=importer) as client:
+            with pytest.raises(errors.OutOfMemory, match="ask for device='cpu'"):
+                call(client, "room")
+            assert client.call("room", (), {}, 10.0, device="cpu")
 
 
 def test_an_argument_that_cannot_be_sent_goes_by_shared_memory(client, service, gpu):

@@ -36,6 +36,9 @@ class FakeCall:
     def wait_for_room(self):
         pass
 
+    def has_room(self):
+        return True
+
     def hold(self, context):
         assert self.held is None
         context.__enter__()
