@@ -29,7 +29,7 @@ RETRY_SECONDS = (0.02, 1.0)  # between two attempts, at first and at most
 MAX_CONNECTIONS = 16  # of one client to one service; more threads than that wait
 MAX_IDLE = 4
 GONE_SECONDS = 1.0  # in which a process that was killed is seen to have closed its sockets
-WATCH_SECONDS = 0.5  # between two looks at whether the service is there, while its GPU is shared
+WATCH_SECONDS = 0.5  # between two looks at what is kept of a service whose GPU is shared
 
 Address = str | tuple[str, int]
 
@@ -144,8 +144,13 @@ class Endpoint:
             self._watcher.join()
 
     def _watch(self) -> None:
-        """Close connections whose service died: what they map would keep its VRAM taken."""
+        """Let go of memory that nobody uses: what a process maps keeps the VRAM of another taken.
+
+        That is of connections whose service died, and of those that do not need it now.
+        """
         while not self._closing.wait(WATCH_SECONDS):
+            if self._importer is not None:
+                self._importer.rest()
             with self._lock:
                 gone = [channel for channel in self._idle if channel.stream.peer_has_gone]
                 self._idle = [channel for channel in self._idle if channel not in gone]

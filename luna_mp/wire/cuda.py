@@ -69,6 +69,8 @@ class Exporter:
         # A handle opens the whole of the memory that the allocator took at once, so weights must
         # not lie in it: results have a pool of their own.
         self._pool = self._new_pool()
+        #: counts the pools
+        self._number = 1
         # Probes export beside calls, and a pool serves one thread at a time.
         self._pool_lock = threading.Lock()
         self.book.when_idle = self._renew_pool
@@ -114,10 +116,11 @@ class Exporter:
                 place, counter = self._shared(storage)
             else:
                 counter = self._counters.take()
+            pool = self._number
         number = self.book.add(owner, how.nbytes, storage, counter)
         out.undo.append(partial(self.book.withdraw, number))
         handle, offset = place
-        where = (self.uuid, handle, how.nbytes, offset, counter.file, counter.slot)
+        where = (self.uuid, pool, handle, how.nbytes, offset, counter.file, counter.slot)
         return (number, *where, how.text), must_wait
 
     def close(self) -> None:
@@ -171,6 +174,7 @@ class Exporter:
         """Nothing is leased: give the pool's memory back to the card, which it does only whole."""
         with self._pool_lock:
             self._pool, self._placed = self._new_pool(), 0
+            self._number += 1
             self._places.clear()
             # Each holds memory, too, if little.
             self._counters.forget()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import threading
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -12,7 +14,7 @@ from luna_mp.wire import counters, cuda_runtime, layout
 from luna_mp.wire.carrier import Carrier, CarrierFailed, Incoming, NoRoom, Outgoing, Token
 from luna_mp.wire.cuda import HOST, uuid_of
 from luna_mp.wire.layout import Layout
-from luna_mp.wire.leases import Owner
+from luna_mp.wire.leases import IDLE_SECONDS, Owner
 from luna_mp.wire.shm import ShmCarrier
 
 __all__ = ("Importer", "ImportingCarrier")
@@ -24,7 +26,12 @@ logger = logging.getLogger(__name__)
 PINNED = range(1 << 20, (1 << 30) + 1)
 #: a tensor over the service's memory, and what tells whether nothing uses that any more
 Opened = tuple[torch.Tensor, Callable[[], bool]]
+#: the number of a pool of the service, the handle of a segment in it, and an offset, in bytes
+Place = tuple[int, bytes, int]
 MAX_REMEMBERED = 64  # results, before those that were dropped are forgotten
+#: after which mappings are given up: before the service gives its memory back to the card, which
+#: has it only once nobody maps it
+REST_SECONDS = IDLE_SECONDS / 2
 
 
 class Importer:
@@ -35,6 +42,8 @@ class Importer:
 
     def __init__(self) -> None:
         self._index: int | None = None
+        self._lock = threading.Lock()
+        self._carriers: weakref.WeakSet[ImportingCarrier] = weakref.WeakSet()
 
     def uuids(self) -> list[str]:
         if self._index is None:
@@ -45,7 +54,17 @@ class Importer:
         """The client's end of one connection, beside `host`. Raises `RuntimeError`."""
         if self.uuids() != [uuid] or self._index is None:
             raise RuntimeError(f"the service offers GPU {uuid}; this process has {self.uuids()}")
-        return ImportingCarrier(self._index, service, host)
+        carrier = ImportingCarrier(self._index, service, host)
+        with self._lock:
+            self._carriers.add(carrier)
+        return carrier
+
+    def rest(self) -> None:
+        """Let go of what connections keep of services' memory for their next call, if none came."""
+        with self._lock:
+            carriers = list(self._carriers)
+        for carrier in carriers:
+            carrier.rest()
 
 
 # By service and address: what came from it over any connection, to recognise it when it goes back.
@@ -104,14 +123,15 @@ class ImportingCarrier(Carrier):
 
     def _unpack_export(self, token: Token, source: Incoming) -> torch.Tensor:
         """What lies in the service's memory, or a copy of it that is made here."""
-        number, _, handle, size, offset, counter, slot, text, event, must_wait = token
+        number, _, pool, handle, size, offset, counter, slot, text, event, must_wait = token
         how = layout.parse(text, source.limit)
         if how.nbytes != size:
             raise CarrierFailed(f"cuda: a result of {how.nbytes} bytes, exported with {size} bytes")
         is_as_it_lies = not (source.to_host or how.is_packed)
         opened_as = how if is_as_it_lies else layout.bytes_of(size)
         # All that can be is done before the wait, while the service's GPU works.
-        tensor, is_over = self._opened(number, opened_as, handle, offset, counter, slot)
+        place = (pool, handle, offset)
+        tensor, is_over = self._opened(number, opened_as, place, counter, slot)
         if is_as_it_lies:
             self._remember(number, tensor, is_over)
         target = _host_memory(size) if source.to_host else None
@@ -130,27 +150,30 @@ class ImportingCarrier(Carrier):
     def discard(self, token: Token) -> None:
         if token[0] == HOST:
             return
-        number, _, _, _, _, counter, slot, *_ = token
+        number, _, _, _, _, _, counter, slot, *_ = token
         # What was opened is let go of when its tensor is.
         if number != self._opened_last:
             counters.let_go(counter, slot)
+
+    def rest(self) -> None:
+        """Also from another thread, while nothing or something is under way."""
+        self._mappings.rest(REST_SECONDS)
 
     def close(self) -> None:
         self._is_written = None
         self._mappings.close()
 
-    def _opened(
-        self, number: int, how: Layout, handle: bytes, offset: int, counter: bytes, slot: int
-    ) -> Opened:
+    def _opened(self, number: int, how: Layout, place: Place, counter: bytes, slot: int) -> Opened:
         """The whole export, so laid out, which may be still to be written. Nothing is queued."""
         # Before the GPU's memory, which nobody would learn that it was let go of.
         counters.reach(counter)
         # First: after an interrupt, to let go never is mended when this process ends, and twice is
         # mended by nothing.
         self._opened_last = number
+        pool, handle, offset = place
         try:
             if self._by_runtime:
-                segment = self._mappings.segment(handle)
+                segment = self._mappings.segment(handle, pool)
                 return cuda_runtime.over(segment, offset, how, counter, slot, self._device)
             run = self._rebuilt(handle, how.nbytes, offset, counter, slot)
         except Exception:

@@ -6,6 +6,7 @@ every card, cannot. The driver counts: to open a segment twice is to close it tw
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Callable
 from functools import cache, partial
@@ -37,23 +38,44 @@ class Segment:
 
 
 class Mappings:
-    """Segments of the service, kept mapped so that the next result in one costs microseconds."""
+    """Segments of the service, kept mapped so that the next result in one costs microseconds.
+
+    `rest` may be called by another thread; the rest belongs to that of the connection.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._pool = 0
         self._segments: dict[bytes, Segment] = {}
+        self._used_last = 0.0
 
-    def segment(self, handle: bytes) -> Segment:
-        """Kept until it is one of the longest here, or until `close`. Raises `RuntimeError`."""
-        if handle not in self._segments:
-            while len(self._segments) >= MAX_MAPPINGS:
-                self._segments.pop(next(iter(self._segments)))
-            self._segments[handle] = Segment(handle, self._device)
-        return self._segments[handle]
+    def segment(self, handle: bytes, pool: int) -> Segment:
+        """Kept until it is one of the longest here, or until `close`. Raises `RuntimeError`.
+
+        `pool` is the number of the service's pool. What lay in another is the card's again, and a
+        handle may come to mean something else.
+        """
+        if pool != self._pool:
+            self.close()
+            self._pool = pool
+        self._used_last = time.monotonic()
+        segments = self._segments
+        found = segments.get(handle)
+        if found is None:
+            while len(segments) >= MAX_MAPPINGS:
+                segments.pop(next(iter(segments)))
+            found = segments[handle] = Segment(handle, self._device)
+        return found
+
+    def rest(self, seconds: float) -> None:
+        """Keep nothing if none was asked for in that time."""
+        if time.monotonic() - self._used_last > seconds:
+            self.close()
 
     def close(self) -> None:
         """Keep nothing; what tensors use stays mapped."""
-        self._segments.clear()
+        # Not cleared: `segment` may be at work on it.
+        self._segments = {}
 
 
 def is_there() -> bool:

@@ -37,7 +37,7 @@ __all__ = ("PROTOCOL", "Identity", "answer", "greet", "identity", "refuse")
 
 logger = logging.getLogger(__name__)
 
-PROTOCOL = 7
+PROTOCOL = 8
 LENGTH = struct.Struct("!H")
 NONCE_BYTES = 32
 TEXTS = ("client_id", "boot_id", "platform", "torch", "allocator", "role")

@@ -48,6 +48,9 @@ class Importer(Protocol):
     def carrier(self, uuid: str, service: Owner, host: shm.ShmCarrier) -> Carrier:
         """The client's end of one connection, beside `host`. Raises `RuntimeError`."""
 
+    def rest(self) -> None:
+        """Called now and then: let go of what is kept for calls that do not come."""
+
 
 class _Refused(LunaError):
     """Raised with what the service says against a carrier, or what it answered wrong."""

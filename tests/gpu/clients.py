@@ -15,6 +15,8 @@ import torch
 
 import luna_mp
 from luna_mp import errors
+from luna_mp.wire.carrier import Outgoing, Token
+from luna_mp.wire.cuda_client import ImportingCarrier
 
 EDGE = 32  # of the latents
 
@@ -36,22 +38,39 @@ def latent(device: str = "cpu", edge: int = EDGE) -> torch.Tensor:
     return torch.randn(1, 4, edge, edge, generator=generator).to(device)
 
 
-def matrix(rounds: str = "3") -> None:
+def _counted_by_name() -> list[int]:
+    """Grows by each tensor that this process sends by the number of its lease."""
+    sent: list[int] = []
+    pack = ImportingCarrier.pack
+
+    def counted(self: ImportingCarrier, tensor: torch.Tensor, out: Outgoing) -> Token:
+        token = pack(self, tensor, out)
+        sent.append(token[0])
+        return token
+
+    ImportingCarrier.pack = counted  # type: ignore[method-assign]
+    return sent
+
+
+def matrix(rounds: str = "3", edge: str = str(EDGE)) -> None:
     """Send and receive on CPU and GPU; say what came back by which carrier."""
     torch.zeros(1, device="cuda")
+    by_name = _counted_by_name()
     with luna_mp.connect() as luna:
+        by_name.clear()
         results: dict[str, Any] = {}
         for _ in range(int(rounds)):
             for sent in ("cpu", "cuda"):
                 for wanted in ("", "cpu"):
-                    image = luna.vae.decode(latent(sent), device=wanted)
+                    image = luna.vae.decode(latent(sent, int(edge)), device=wanted)
                     again = luna.vae.encode(image)
-                    by_name = luna.vae.decode(again)
+                    same = luna.vae.decode(again)
                     view = luna.vae.decode(again[:, :, 8:24, 8:24])
                     results[f"{sent} to {wanted or 'gpu'}"] = [
-                        [str(t.device), bits(t)] for t in (image, again, by_name, view)
+                        [str(t.device), bits(t)] for t in (image, again, same, view)
                     ]
         say(
+            by_name=len(by_name),
             backend=torch.cuda.get_allocator_backend(),
             carriers=luna.carriers,
             reasons=luna.reasons,
@@ -68,6 +87,14 @@ def hold(megabytes: str) -> None:
         torch.cuda.synchronize()
         say(held=len(held), carrier=luna.carriers["vae"])
         sys.stdin.read()
+
+
+def asked() -> None:
+    """A decode for each line of the input."""
+    with luna_mp.connect() as luna:
+        say(carrier=luna.carriers["vae"])
+        for _ in sys.stdin:
+            say(device=str(luna.vae.decode(latent()).device))
 
 
 def elsewhere(device: str) -> None:

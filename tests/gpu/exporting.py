@@ -40,7 +40,7 @@ class Exports:
         torch.cuda.synchronize()
         if cycles:
             torch.cuda._sleep(cycles)
-        _, _, _, _, _, counter, slot, _, _, must_wait = self.carrier.pack(tensor, out)
+        _, _, _, _, _, _, counter, slot, _, _, must_wait = self.carrier.pack(tensor, out)
         return counter, slot, must_wait
 
     def counted_by(self, results: int) -> list[tuple[str, int]]:
@@ -83,6 +83,20 @@ class Exports:
         number, *_ = self.carrier.pack(made, Outgoing())
         return self.exporter.book.get(number, self.owner).data_ptr() == made.data_ptr()
 
+    def pool(self) -> int:
+        """Number of the pool that a result lies in, which comes back."""
+        out = Outgoing()
+        pool: int = self.carrier.pack(self.made(), out)[2]
+        out.take_back()
+        self.exporter.book.collect()
+        return pool
+
+    def pools(self) -> list[int]:
+        """The same of two, and of one that is made once their memory was given up."""
+        before = [self.pool() for _ in range(2)]
+        self.exporter._renew_pool()
+        return [*before, self.pool()]
+
     def is_done_after_taking_back_a_copy(self) -> bool:
         """Whether nothing that was queued is left to write to the segment."""
         out, tensor = Outgoing(to_host=True), torch.zeros(1 << 20, device="cuda")
@@ -120,6 +134,7 @@ if __name__ == "__main__":
         taken_back=exports.left_after_taking_back(),
         copy_is_done=exports.is_done_after_taking_back_a_copy(),
         pinned_twice=pinned_twice(),
+        pools=exports.pools(),
         as_made=[exports.lies_where_it_was_made(is_given_up) for is_given_up in (False, True)],
     )
     exports.exporter.close()

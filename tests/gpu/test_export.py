@@ -40,6 +40,11 @@ def test_a_result_is_copied_only_out_of_memory_that_was_given_up(found):
     assert found["as_made"] == [True, False]
 
 
+def test_what_lies_in_memory_that_was_given_up_is_told_from_what_comes_after(found):
+    first, second, third = found["pools"]
+    assert first == second != third
+
+
 def test_memory_that_cannot_be_pinned_fails_no_kernel(found):
     assert found["pinned_twice"] == [False, 2.0]
 

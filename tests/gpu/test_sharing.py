@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import psutil
@@ -18,6 +19,7 @@ from luna_mp import errors
 from luna_mp.models import ModelSpec, load_vae
 from luna_mp.wire.leases import IDLE_SECONDS
 from tests.gpu import clients
+from tests.gpu.clients import EDGE
 from tests.gpu.exporting import CYCLES
 from tests.helpers import wait_until
 from tests.same import assert_same
@@ -29,7 +31,11 @@ ALLOCATORS = {
     "expandable": "expandable_segments:True",
     "async": "backend:cudaMallocAsync",
     "no bindings": "backend:native",
+    "async, no bindings": "backend:cudaMallocAsync",
 }
+SHARING = [name for name in ALLOCATORS if name != "async, no bindings"]
+ROUNDS = 3
+SLACK = 128 << 20  # bytes, of the gigabytes that a service takes, for what is cached elsewhere
 WITHOUT_BINDINGS = """
 import runpy, sys
 sys.modules["cuda.bindings"] = None
@@ -41,11 +47,11 @@ runpy.run_module("tests.gpu.clients", run_name="__main__")
 def client(name, *arguments, allocator="native"):
     """A job of tests/gpu/clients.py in a process of its own, under an allocator.
 
-    With "no bindings" that is torch's own, and torch's import is all there is.
+    With "no bindings" torch's import is all there is.
     """
     conf = ALLOCATORS[allocator]
     env = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": conf, "PYTORCH_ALLOC_CONF": conf}
-    how = ["-c", WITHOUT_BINDINGS] if allocator == "no bindings" else ["-m", "tests.gpu.clients"]
+    how = ["-c", WITHOUT_BINDINGS] if "no bindings" in allocator else ["-m", "tests.gpu.clients"]
     command = [sys.executable, *how, name, *map(str, arguments)]
     with subprocess.Popen(
         command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -69,23 +75,34 @@ def vae(vae_folder):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("allocator", ALLOCATORS)
-def test_every_allocator_sends_and_receives_the_right_values(service, vae, allocator):
+@pytest.mark.parametrize("edge", [EDGE, 2 * EDGE], ids=["copied here", "copied there"])
+@pytest.mark.parametrize("allocator", SHARING)
+def test_every_allocator_sends_and_receives_the_right_values(service, vae, allocator, edge):
+    """`edge`: the image is small, or large enough for the service to bring it to the host."""
     expected = {}
     for sent in ("cpu", "cuda"):
         for wanted in ("gpu", "cpu"):
-            image = vae.decode(clients.latent(sent))
+            image = vae.decode(clients.latent(sent, edge))
             again = vae.encode(image)
             both = [image, again, vae.decode(again), vae.decode(again[:, :, 8:24, 8:24])]
             device = {"gpu": "cuda:0", "cpu": "cpu"}[wanted]
             expected[f"{sent} to {wanted}"] = [
                 [device if i == 0 else "cuda:0", clients.bits(t)] for i, t in enumerate(both)
             ]
-    with client("matrix", allocator=allocator) as process:
+    with client("matrix", ROUNDS, edge, allocator=allocator) as process:
         got = said(process)
     assert got["carriers"] == {"vae": "cuda"}, got["reasons"]
+    # The image, if it is on the GPU, and its latent and a view of that: of tensors sent twice.
+    assert got["by_name"] == ROUNDS * 2 * (3 + 2)
     assert got["backend"] == ("cudaMallocAsync" if allocator == "async" else "native")
     assert got["results"] == expected
+
+
+def test_a_client_that_cannot_open_memory_says_what_is_missing(service):
+    with client("elsewhere", "cuda:0", allocator="async, no bindings") as process:
+        got = said(process)
+    assert got["carriers"] == {"vae": "shm"}
+    assert "pip install cuda-bindings" in got["reasons"]["vae"]
 
 
 @torch.inference_mode()
@@ -196,6 +213,20 @@ def test_same_proxy_works_after_the_service_was_killed(own):
         assert luna.carriers == {"vae": "cuda"}
 
 
+def test_results_of_a_service_that_was_killed_stay_right_and_keep_no_more_of_its_vram(own):
+    with own.connect() as luna:
+        image = luna.vae.decode(clients.latent(edge=128))
+        kept = image.clone()
+        free, _ = torch.cuda.mem_get_info()
+        os.kill(own.ready["vae"]["pid"], signal.SIGKILL)
+        # The next service takes as much as this one did: all of it has to be free by then.
+        again = wait_until(lambda: decoded(luna, edge=128), 60)[0]
+        assert luna.carriers == {"vae": "cuda"}
+        assert torch.equal(image, kept)
+        assert torch.equal(again, kept)
+        wait_until(lambda: torch.cuda.mem_get_info()[0] > free - SLACK)
+
+
 def test_vram_of_a_dead_service_is_not_kept_by_its_clients(own):
     pid = own.ready["vae"]["pid"]
     with own.connect() as luna:
@@ -214,15 +245,54 @@ def test_greedy_client_waits_and_is_told_and_others_go_on(vae_folder, runtime_di
     with luna_mp.serve(
         vae="cuda", runtime_dir=runtime_dir, vae_max_leased=share, **options
     ) as service:
-        with client("hold", 32) as other, service.connect() as luna:
-            said(other)
+        with client("asked") as other, service.connect() as luna, ThreadPoolExecutor() as threads:
+            assert said(other) == {"carrier": "cuda"}
             held = []
+            while sum(image.nbytes for image in held) < share:
+                held.append(luna.vae.decode(clients.latent(edge=128)))
+            waiting = threads.submit(luna.vae.decode, clients.latent(edge=128))
+            for _ in range(3):
+                other.stdin.write("decode\n")
+                other.stdin.flush()
+                assert said(other) == {"device": "cuda:0"}
+            assert not waiting.done()
+            assert luna.vae.decode(clients.latent(), device="cpu").device.type == "cpu"
             with pytest.raises(errors.OutOfMemory, match=f"its share is {share}"):
-                while True:
-                    held.append(luna.vae.decode(clients.latent(edge=128)))
-            assert luna.vae.status()["leases"][str(os.getpid())]["bytes"] >= share
+                waiting.result(60)
+            leases = luna.vae.status()["leases"]
+            assert leases[str(os.getpid())]["bytes"] == sum(image.nbytes for image in held)
             held.clear()
             assert luna.vae.decode(clients.latent()).is_cuda
+
+
+def test_call_that_does_not_fit_is_told_and_the_next_works(own):
+    with own.connect() as luna:
+        image = luna.vae.decode(clients.latent()).cpu()
+        free, _ = torch.cuda.mem_get_info()
+        hog = torch.empty(free - (256 << 20), dtype=torch.uint8, device="cuda")
+        with pytest.raises(errors.OutOfMemory, match="not even in tiles"):
+            luna.vae.decode(clients.latent(edge=256))
+        del hog
+        torch.cuda.empty_cache()
+        assert luna.vae.decode(clients.latent(edge=256)).is_cuda
+        assert torch.equal(luna.vae.decode(clients.latent()).cpu(), image)
+        assert luna.carriers == {"vae": "cuda"}
+
+
+@torch.inference_mode()
+def test_worker_that_stays_gets_right_results_after_memory_was_given_back(service, vae):
+    """And lets go of that memory, too: the card has it again."""
+    with service.connect() as luna:
+        for edge in (256, 128, 256):
+            latent = clients.latent(edge=edge)
+            image = luna.vae.decode(latent)
+            assert_same(image, vae.decode(latent))
+            size = image.nbytes
+            # What this process caches is no part of the figures.
+            torch.cuda.empty_cache()
+            free, _ = torch.cuda.mem_get_info()
+            del image
+            wait_until(lambda free=free, size=size: torch.cuda.mem_get_info()[0] >= free + size)
 
 
 @pytest.mark.parametrize("number", [0, 1])
@@ -244,9 +314,9 @@ def test_results_come_after_the_service_gave_its_memory_back(vae_folder, runtime
     assert found[0]["bits"] == found[1]["bits"]
 
 
-def decoded(luna):
+def decoded(luna, edge=EDGE):
     try:
-        return [luna.vae.decode(clients.latent())]
+        return [luna.vae.decode(clients.latent(edge=edge))]
     except errors.Broken:
         return None
 

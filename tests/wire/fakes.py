@@ -150,6 +150,7 @@ class FakeImporter:
 
     def __init__(self, gpu, end=ClientEnd):
         self.tried = 0
+        self.has_rested = threading.Event()
         self._gpu = gpu
         self._end = end
 
@@ -160,6 +161,9 @@ class FakeImporter:
         assert uuid == UUID
         self.tried += 1
         return self._end(self._gpu)
+
+    def rest(self):
+        self.has_rested.set()
 
 
 class ImporterWithoutRuntime(FakeImporter):

@@ -38,7 +38,7 @@ class Runtime:
         #: raised for counters that this process cannot count in
         self.unreachable = None
 
-    def segment(self, handle):
+    def segment(self, handle, pool):
         return handle
 
     def close(self):
@@ -122,7 +122,7 @@ def source(request):
 
 
 def export(slot, how=f"float32:{FLOATS}:1"):
-    return (slot, "GPU", b"handle", 4 * FLOATS, 0, b"counter", slot, how, b"event", True)
+    return (slot, "GPU", 1, b"handle", 4 * FLOATS, 0, b"counter", slot, how, b"event", True)
 
 
 def message(second=f"float32:{FLOATS}:1"):

@@ -458,3 +458,7 @@ def test_connections_of_a_service_that_went_are_closed_while_its_gpu_is_shared(
     with connected(service, FakeExporter(gpu), importer, address) as (server, client):
         server.stop(grace=1.0)
         wait_until(lambda: "0 idle" in repr(client))
+
+
+def test_a_client_lets_go_of_the_memory_that_it_does_not_use(client, importer):
+    assert importer.has_rested.wait(10)
