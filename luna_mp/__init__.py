@@ -31,3 +31,7 @@ if not TYPE_CHECKING:
         import importlib
 
         return getattr(importlib.import_module(_HOMES[name]), name)
+
+    def __dir__() -> list[str]:
+        # What a notebook completes.
+        return sorted({*globals(), *__all__})

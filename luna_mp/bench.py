@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import statistics
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing import connection
 from pathlib import Path
@@ -180,13 +181,16 @@ def _serve_plain(path: str, key: bytes) -> None:
     with connection.Listener(path, authkey=key) as listener:
         sys.stdout.write("ready\n")
         sys.stdout.flush()
-        with listener.accept() as plain:
+        # Whoever asks is done before it ends this process.
+        with listener.accept() as plain, suppress(EOFError):
             while True:
                 shape = pickle.loads(plain.recv_bytes())
                 plain.send_bytes(pickle.dumps(_make(None, *shape) if shape else None))
 
 
 if __name__ == "__main__":
+    # Ctrl-C is for the process that owns this one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     {"serve": _serve, "plain": _serve_plain}[sys.argv[1]](
         sys.argv[2], bytes.fromhex(os.environ["LUNA_MP_AUTHKEY"])
     )

@@ -226,6 +226,7 @@ def bench(as_json: bool) -> None:
 
     report = run_bench()
     click.echo(json.dumps(report, indent=2) if as_json else format_report(report))
+    sys.exit(0 if report["ok"] else 1)
 
 
 @main.command()

@@ -209,7 +209,13 @@ class LeaseBook(Generic[T]):
     def _look_after(self) -> None:
         while not self._closing.is_set():
             self._wanted.wait()
-            self._look_after_leases()
+            try:
+                self._look_after_leases()
+            except RuntimeError:
+                # Of a GPU that is lost, which calls meet, or too full for another pool: leases of
+                # the dead still have to come back.
+                logger.exception("the sweep of the leases failed, and is made again")
+                self._wanted.set()
 
     def _look_after_leases(self) -> None:
         """Sweep while anything is leased and for a while after; then the memory may go."""

@@ -146,6 +146,22 @@ def test_memory_that_was_used_without_a_lease_is_given_back_too(book, monkeypatc
     wait_until(lambda: idle)
 
 
+def test_the_dead_are_swept_for_also_after_a_sweep_failed(book, dead, caplog):
+    failures = [RuntimeError("CUDA out of memory")]
+
+    def idle():
+        if failures:
+            raise failures.pop()
+
+    book.when_idle = idle
+    for owner in (ALICE, BOB):
+        book.add(owner, 10, "result", FakeCounter())
+        dead.add(owner)
+        wait_until(lambda: book.to_data() == {})
+    wait_until(lambda: not failures)
+    assert "is made again" in caplog.text
+
+
 @pytest.mark.parametrize("error", [psutil.AccessDenied(), OSError(24, "Too many open files")])
 def test_an_owner_that_cannot_be_looked_at_is_there(monkeypatch, error):
     def process(pid):
