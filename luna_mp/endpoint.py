@@ -13,7 +13,7 @@ from typing import Any
 
 from luna_mp.config import Role, ServiceConfig
 from luna_mp.deadline import Deadline
-from luna_mp.errors import Broken, LunaError, Rejected, Unavailable, revive
+from luna_mp.errors import Broken, LunaError, Rejected, RemoteTraceback, Unavailable, revive
 from luna_mp.wire import handshake, probe, stream
 from luna_mp.wire.carrier import CarrierFailed
 from luna_mp.wire.channel import Channel
@@ -277,7 +277,7 @@ class Endpoint:
 def _if_carried(reply: dict[str, Any]) -> dict[str, Any]:
     """Raises `CarrierFailed` where the service had a result that it could not hand over."""
     if reply.get("kind") == CarrierFailed.__name__:
-        raise CarrierFailed(reply["error"])
+        raise CarrierFailed(reply["error"]) from RemoteTraceback(reply["traceback"])
     return reply
 
 

@@ -118,6 +118,10 @@ class Carrier(ABC):
         """The service's call that used what was unpacked has queued its work, up to `after`."""
         return None
 
+    def give_up(self) -> None:
+        """It is sent by no more: let go of what was kept for that."""
+        return None
+
     def close(self) -> None:
         """Let go of what the carrier holds; tensors that were handed out stay valid."""
         return None

@@ -81,6 +81,9 @@ class Channel:
 
     def demote(self, name: str) -> None:
         """Send no more by that carrier; what is still under way by it is understood."""
+        for carrier in self._order:
+            if carrier.name == name:
+                carrier.give_up()
         self._order = [carrier for carrier in self._order if carrier.name != name]
 
     def settle(self, after: Fence | None) -> None:

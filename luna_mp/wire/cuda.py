@@ -210,6 +210,7 @@ class ExportingCarrier(Carrier):
         # One for all calls: the next comes when the client has waited for the last one's.
         self._queued = torch.cuda.Event(interprocess=True)
         self._used: list[int] = []
+        self._exported_last = 0  # the number of a lease
 
     @property
     def is_in_use(self) -> bool:
@@ -228,9 +229,11 @@ class ExportingCarrier(Carrier):
 
     def _pack(self, tensor: torch.Tensor, out: Outgoing) -> Token:
         if out.to_host and tensor.numel() * tensor.itemsize in COPIED_HERE:
-            with suppress(NoRoom):
+            # A system without another descriptor or segment leaves the copy to the client.
+            with suppress(NoRoom, OSError):
                 return self._pack_copy(tensor, out)
         token, must_wait = self._exporter.export(tensor, self._owner, out)
+        self._exported_last = token[0]
         return (*token, *self._marked(must_wait))
 
     def _pack_copy(self, tensor: torch.Tensor, out: Outgoing) -> Token:
@@ -264,6 +267,10 @@ class ExportingCarrier(Carrier):
         self._used.append(number)
         run = torch.empty(0, dtype=torch.uint8, device=self._exporter.device).set_(held)
         return layout.restore(parsed, run[start : start + parsed.nbytes])
+
+    def give_up(self) -> None:
+        # The probe's, of a client that may be able to let go of nothing.
+        self._exporter.book.withdraw(self._exported_last)
 
     def settle(self, after: Fence | None) -> None:
         """The call that used leases has queued its work: they stay until `after`."""

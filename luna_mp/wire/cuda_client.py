@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-import weakref
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 from torch.multiprocessing import reductions
@@ -42,8 +42,6 @@ class Importer:
 
     def __init__(self) -> None:
         self._index: int | None = None
-        self._lock = threading.Lock()
-        self._carriers: weakref.WeakSet[ImportingCarrier] = weakref.WeakSet()
 
     def uuids(self) -> list[str]:
         if self._index is None:
@@ -54,21 +52,28 @@ class Importer:
         """The client's end of one connection, beside `host`. Raises `RuntimeError`."""
         if self.uuids() != [uuid] or self._index is None:
             raise RuntimeError(f"the service offers GPU {uuid}; this process has {self.uuids()}")
-        carrier = ImportingCarrier(self._index, service, host)
-        with self._lock:
-            self._carriers.add(carrier)
-        return carrier
+        return ImportingCarrier(self._index, service, host)
 
     def rest(self) -> None:
-        """Let go of what connections keep of services' memory for their next call, if none came."""
-        with self._lock:
-            carriers = list(self._carriers)
-        for carrier in carriers:
-            carrier.rest()
+        """Let go of what is kept of services' memory for the next call, if none came."""
+        with _lock:
+            memories = list(_memories.values())
+        for memory in memories:
+            memory.mappings.rest(REST_SECONDS)
 
 
-# By service and address: what came from it over any connection, to recognise it when it goes back.
-_leased: dict[Owner, dict[int, tuple[int, Callable[[], bool]]]] = {}
+class _Memory:
+    """What this process has of one service's memory, over all its connections."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.connections = 0
+        self.mappings = cuda_runtime.Mappings(device)
+        #: what came, by its address, to recognise it when it goes back
+        self.leased: dict[int, tuple[int, Callable[[], bool]]] = {}
+
+
+_memories: dict[Owner, _Memory] = {}
+_lock = threading.Lock()
 
 
 class ImportingCarrier(Carrier):
@@ -80,24 +85,26 @@ class ImportingCarrier(Carrier):
         self._device = torch.device("cuda", index)
         self._host = host
         self._is_written: Callable[[], bool] | None = None
-        # A list first, which is made at once: connections are opened by several threads.
-        for old in [owner for owner in list(_leased) if owner.is_gone()]:
-            _leased.pop(old, None)
-        self._leased = _leased.setdefault(service, {})
         # torch's own import is slower than the runtime's.
         self._by_runtime = cuda_runtime.is_there()
         if not self._by_runtime and torch.cuda.get_allocator_backend() != "native":
             cuda_runtime.require()
-        self._mappings = cuda_runtime.Mappings(self._device)
         self._opened_last = 0  # the number of a lease
+        self._is_counted = True
+        # The last step, which `close` takes back.
+        with _lock:
+            for old in [owner for owner in _memories if owner.is_gone()]:
+                del _memories[old]
+            self._memory = _memories.setdefault(service, _Memory(self._device))
+            self._memory.connections += 1
 
     def pack(self, tensor: torch.Tensor, out: Outgoing) -> Token:
         if tensor.layout != torch.strided:
             raise NoRoom("this tensor has no memory of its own")
         storage = tensor.untyped_storage()
-        number, is_over = self._leased.get(storage.data_ptr(), (0, None))
+        number, is_over = self._memory.leased.get(storage.data_ptr(), (0, None))
         if is_over is None or is_over():
-            self._leased.pop(storage.data_ptr(), None)
+            self._memory.leased.pop(storage.data_ptr(), None)
             raise NoRoom("this tensor is not the service's")
         if tensor.is_conj() or tensor.is_neg():
             raise NoRoom("this view has other values than its memory")
@@ -153,15 +160,23 @@ class ImportingCarrier(Carrier):
         number, _, _, _, _, _, counter, slot, *_ = token
         # What was opened is let go of when its tensor is.
         if number != self._opened_last:
-            counters.let_go(counter, slot)
+            # That its counter cannot be reached is what it was refused for.
+            with suppress(OSError):
+                counters.let_go(counter, slot)
 
-    def rest(self) -> None:
-        """Also from another thread, while nothing or something is under way."""
-        self._mappings.rest(REST_SECONDS)
+    def give_up(self) -> None:
+        if not self._is_counted:
+            return
+        self._is_counted = False
+        with _lock:
+            self._memory.connections -= 1
+            is_last = not self._memory.connections
+        if is_last:
+            self._memory.mappings.close()
 
     def close(self) -> None:
         self._is_written = None
-        self._mappings.close()
+        self.give_up()
 
     def _opened(self, number: int, how: Layout, place: Place, counter: bytes, slot: int) -> Opened:
         """The whole export, so laid out, which may be still to be written. Nothing is queued."""
@@ -173,7 +188,7 @@ class ImportingCarrier(Carrier):
         pool, handle, offset = place
         try:
             if self._by_runtime:
-                segment = self._mappings.segment(handle, pool)
+                segment = self._memory.mappings.segment(handle, pool)
                 return cuda_runtime.over(segment, offset, how, counter, slot, self._device)
             run = self._rebuilt(handle, how.nbytes, offset, counter, slot)
         except Exception:
@@ -206,11 +221,12 @@ class ImportingCarrier(Carrier):
         return run
 
     def _remember(self, number: int, tensor: torch.Tensor, is_over: Callable[[], bool]) -> None:
-        if len(self._leased) > MAX_REMEMBERED:
-            for at, (_, is_dropped) in list(self._leased.items()):
+        leased = self._memory.leased
+        if len(leased) > MAX_REMEMBERED:
+            for at, (_, is_dropped) in list(leased.items()):
                 if is_dropped():
-                    self._leased.pop(at, None)
-        self._leased[tensor.data_ptr()] = (number, is_over)
+                    leased.pop(at, None)
+        leased[tensor.data_ptr()] = (number, is_over)
 
 
 def _host_memory(nbytes: int) -> torch.Tensor:

@@ -6,6 +6,7 @@ every card, cannot. The driver counts: to open a segment twice is to close it tw
 
 from __future__ import annotations
 
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -38,13 +39,15 @@ class Segment:
 
 
 class Mappings:
-    """Segments of the service, kept mapped so that the next result in one costs microseconds.
+    """Segments of a service, kept mapped so that the next result in one costs microseconds.
 
-    `rest` may be called by another thread; the rest belongs to that of the connection.
+    One for all connections of this process: the driver gives a handle that is open the mapping that
+    it has.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._lock = threading.Lock()
         self._pool = 0
         self._segments: dict[bytes, Segment] = {}
         self._used_last = 0.0
@@ -55,17 +58,16 @@ class Mappings:
         `pool` is the number of the service's pool. What lay in another is the card's again, and a
         handle may come to mean something else.
         """
-        if pool != self._pool:
-            self.close()
-            self._pool = pool
-        self._used_last = time.monotonic()
-        segments = self._segments
-        found = segments.get(handle)
-        if found is None:
-            while len(segments) >= MAX_MAPPINGS:
-                segments.pop(next(iter(segments)))
-            found = segments[handle] = Segment(handle, self._device)
-        return found
+        with self._lock:
+            if pool != self._pool:
+                self._segments.clear()
+                self._pool = pool
+            self._used_last = time.monotonic()
+            if handle not in self._segments:
+                while len(self._segments) >= MAX_MAPPINGS:
+                    self._segments.pop(next(iter(self._segments)))
+                self._segments[handle] = Segment(handle, self._device)
+            return self._segments[handle]
 
     def rest(self, seconds: float) -> None:
         """Keep nothing if none was asked for in that time."""
@@ -74,8 +76,8 @@ class Mappings:
 
     def close(self) -> None:
         """Keep nothing; what tensors use stays mapped."""
-        # Not cleared: `segment` may be at work on it.
-        self._segments = {}
+        with self._lock:
+            self._segments.clear()
 
 
 def is_there() -> bool:

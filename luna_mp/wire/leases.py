@@ -140,7 +140,10 @@ class LeaseBook(Generic[T]):
 
     def has_room(self, owner: Owner) -> bool:
         """Whether a client holds less than its share."""
-        return not self._leases or self.leased(owner) < self.most
+        if not self._leases or self.leased(owner) < self.most:
+            return True
+        self.collect()
+        return self.leased(owner) < self.most
 
     def wait_for_room(self, owner: Owner, deadline: Deadline) -> None:
         """Return once a client holds less than its share. Raises `OutOfMemory`.
@@ -216,6 +219,7 @@ class LeaseBook(Generic[T]):
                 # the dead still have to come back.
                 logger.exception("the sweep of the leases failed, and is made again")
                 self._wanted.set()
+                self._closing.wait(IDLE_SECONDS)
 
     def _look_after_leases(self) -> None:
         """Sweep while anything is leased and for a while after; then the memory may go."""

@@ -170,8 +170,8 @@ class Answerer:
         """Whether it does, now."""
         if self._channel.carrier != "cuda":
             return True
-        is_there: bool = self._exporter.book.has_room(self._owner)
-        return is_there
+        has_room: bool = self._exporter.book.has_room(self._owner)
+        return has_room
 
     def place(self, step: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Run the last step of a result where this client may share its memory."""

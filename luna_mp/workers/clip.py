@@ -39,7 +39,7 @@ class ClipWorker(Worker[ClipModel]):
     ) -> dict[str, list[int]]:
         """Token ids of a prompt for each encoder."""
         _check(text)
-        _, clip = self.take(call, model)
+        _, clip = self.take(call, model, gives_tensors=False)
         return clip.tokenize(text)
 
     def encode(

@@ -54,7 +54,7 @@ class _ComfyCalls:
 
     def describe(self, call: Call, model: Spec | None = None) -> dict[str, Any]:
         """What a client builds its own object from, with no weights in it."""
-        key, loaded = self._worker.take(call, model)
+        key, loaded = self._worker.take(call, model, gives_tensors=False)
         comfy = self._checked(loaded)
         spec = self._worker.library.spec(model)
         device = comfy.device

@@ -61,7 +61,7 @@ def book():
 @pytest.fixture
 def client(stream, monkeypatch):
     monkeypatch.setattr(cuda_runtime, "is_there", lambda: True)
-    monkeypatch.setattr(cuda_client, "_leased", {})
+    monkeypatch.setattr(cuda_client, "_memories", {})
     return ImportingCarrier(0, OWNER, None)
 
 

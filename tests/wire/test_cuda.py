@@ -50,3 +50,13 @@ def test_a_full_or_a_lost_gpu_is_no_failure_of_the_carrier(carrier, error):
     with pytest.raises(type(error)) as met:
         pack(carrier, error)
     assert met.value is error
+
+
+def test_the_probe_s_export_is_withdrawn_when_the_carrier_is_given_up(carrier, monkeypatch):
+    withdrawn = []
+    carrier._exporter.book = SimpleNamespace(withdraw=withdrawn.append)
+    carrier._exporter.export = lambda tensor, owner, out: ((7,), False)
+    monkeypatch.setattr(ExportingCarrier, "_event", b"event")
+    assert carrier.pack(RESULT, Outgoing()) == (7, b"event", False)
+    carrier.give_up()
+    assert withdrawn == [7]

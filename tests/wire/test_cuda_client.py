@@ -15,14 +15,18 @@ import pytest
 import torch
 
 from luna_mp.errors import Rejected, TimedOut
+from luna_mp.processes import born
 from luna_mp.wire import codec, counters, cuda_client, cuda_runtime, layout
 from luna_mp.wire.carrier import CarrierFailed
 from luna_mp.wire.cuda import HOST
 from luna_mp.wire.cuda_client import ImportingCarrier
 from luna_mp.wire.leases import Owner
 from tests.same import assert_same
+from tests.wire.pair import channels
 
 FLOATS = 4
+POOL = 5
+SERVICE = Owner(os.getpid(), born(os.getpid()))
 ONCE = {1: 1, 2: 1}  # releases, by slot
 
 
@@ -32,6 +36,8 @@ class Runtime:
     def __init__(self):
         self.released = Counter()
         self.events = []
+        self.pools = []
+        self.closed = 0
         #: raised when the second one is opened: before that is noted, or right after
         self.before = None
         self.after = None
@@ -39,10 +45,11 @@ class Runtime:
         self.unreachable = None
 
     def segment(self, handle, pool):
+        self.pools.append(pool)
         return handle
 
     def close(self):
-        pass
+        self.closed += 1
 
     def is_written(self, event, device):
         self.events.append(event)
@@ -97,6 +104,7 @@ class Source:
 @pytest.fixture
 def runtime(monkeypatch):
     fake = Runtime()
+    monkeypatch.setattr(cuda_client, "_memories", {})
     monkeypatch.setattr(cuda_runtime, "is_there", lambda: True)
     monkeypatch.setattr(cuda_runtime, "Mappings", lambda device: fake)
     monkeypatch.setattr(cuda_runtime, "is_written", fake.is_written)
@@ -113,7 +121,7 @@ def host():
 
 @pytest.fixture
 def carrier(runtime, host):
-    return ImportingCarrier(0, Owner(os.getpid(), 0.0), host)
+    return ImportingCarrier(0, SERVICE, host)
 
 
 @pytest.fixture(params=[False, True], ids=["stays", "to the host"])
@@ -122,7 +130,7 @@ def source(request):
 
 
 def export(slot, how=f"float32:{FLOATS}:1"):
-    return (slot, "GPU", 1, b"handle", 4 * FLOATS, 0, b"counter", slot, how, b"event", True)
+    return (slot, "GPU", POOL, b"handle", 4 * FLOATS, 0, b"counter", slot, how, b"event", True)
 
 
 def message(second=f"float32:{FLOATS}:1"):
@@ -204,18 +212,50 @@ def test_nothing_is_opened_that_could_not_be_let_go_of(runtime, carrier, source,
     assert runtime.released == ONCE
 
 
-def test_connections_are_opened_while_others_are(runtime, host, monkeypatch):
-    known = {}
+def test_services_that_have_gone_are_forgotten_by_one_thread_at_a_time(runtime, host):
+    asked = []
 
-    class Known(Owner):
+    class Gone(Owner):
         def is_gone(self):
-            known[Owner(2, 2.0)] = {}
+            asked.append(cuda_client._lock.locked())
             return True
 
-    known[Known(1, 1.0)] = {}
-    monkeypatch.setattr(cuda_client, "_leased", known)
-    ImportingCarrier(0, Owner(3, 3.0), host)
-    assert set(known) == {Owner(2, 2.0), Owner(3, 3.0)}
+    for service in (Gone(1, 1.0), SERVICE):
+        ImportingCarrier(0, service, host)
+    assert asked == [True]
+    assert list(cuda_client._memories) == [SERVICE]
+
+
+def test_memory_is_kept_mapped_until_its_last_connection_closes(runtime, host):
+    connections = [ImportingCarrier(0, SERVICE, host) for _ in range(3)]
+    for connection, closed in zip(connections, (0, 0, 1), strict=True):
+        for _ in range(2):
+            connection.close()
+        assert runtime.closed == closed
+
+
+def test_a_connection_that_goes_by_another_carrier_keeps_nothing_mapped(runtime, host):
+    with channels() as (channel, _):
+        channel.use(ImportingCarrier(0, SERVICE, host))
+        channel.demote("cuda")
+        assert runtime.closed == 1
+
+
+def test_each_segment_is_asked_for_by_its_pool(runtime, carrier, source):
+    read(carrier, source)
+    assert runtime.pools == [POOL] * 2
+
+
+def test_a_service_s_counters_that_are_out_of_reach_are_refused_as_one_failure(
+    runtime, carrier, source, monkeypatch
+):
+    def let_go(counter, slot):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(counters, "let_go", let_go)
+    runtime.unreachable = RuntimeError("the service's counters cannot be opened")
+    with pytest.raises(CarrierFailed, match="cannot be opened"):
+        read(carrier, source)
 
 
 def test_an_interrupt_right_after_opening_lets_go_once(runtime, carrier, source):

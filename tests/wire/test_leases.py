@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 
 import psutil
 import pytest
@@ -146,19 +147,19 @@ def test_memory_that_was_used_without_a_lease_is_given_back_too(book, monkeypatc
     wait_until(lambda: idle)
 
 
-def test_the_dead_are_swept_for_also_after_a_sweep_failed(book, dead, caplog):
-    failures = [RuntimeError("CUDA out of memory")]
+def test_a_sweep_that_failed_is_made_again(book, dead, monkeypatch, caplog):
+    monkeypatch.setattr(leases, "IDLE_SECONDS", 0.0)
+    results = [RuntimeError("CUDA out of memory"), None]
+    idle = threading.Event()
 
-    def idle():
-        if failures:
-            raise failures.pop()
+    def when_idle():
+        if error := results.pop(0):
+            raise error
+        idle.set()
 
-    book.when_idle = idle
-    for owner in (ALICE, BOB):
-        book.add(owner, 10, "result", FakeCounter())
-        dead.add(owner)
-        wait_until(lambda: book.to_data() == {})
-    wait_until(lambda: not failures)
+    book.when_idle = when_idle
+    book.note_use()
+    assert idle.wait(10)
     assert "is made again" in caplog.text
 
 

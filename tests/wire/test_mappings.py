@@ -9,10 +9,12 @@ from contextlib import nullcontext
 import pytest
 import torch
 
+from luna_mp.endpoint import WATCH_SECONDS
+from luna_mp.processes import born
 from luna_mp.wire import cuda_client, cuda_runtime
 from luna_mp.wire.cuda_client import Importer
 from luna_mp.wire.cuda_runtime import Mappings
-from luna_mp.wire.leases import Owner
+from luna_mp.wire.leases import IDLE_SECONDS, Owner
 
 DEVICE = torch.device("cuda", 0)
 POOL = 1
@@ -83,14 +85,25 @@ def test_what_a_tensor_lies_over_stays_mapped(mappings, driver):
     assert not driver.open
 
 
-def test_an_importer_rests_all_of_its_connections(driver, monkeypatch):
-    monkeypatch.setattr(cuda_runtime, "is_there", lambda: True)
+@pytest.fixture
+def importer(driver, monkeypatch):
+    monkeypatch.setattr(cuda_client, "_memories", {})
     monkeypatch.setattr(cuda_client, "uuid_of", lambda index: "GPU")
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(cuda_client, "REST_SECONDS", 0.0)
-    importer = Importer()
-    carriers = [importer.carrier("GPU", Owner(os.getpid(), 1.0), None) for _ in range(2)]
+    monkeypatch.setattr(cuda_runtime, "is_there", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    return Importer()
+
+
+def test_connections_to_one_service_share_its_mappings_and_rest_together(importer, driver):
+    service, other = Owner(os.getpid(), born(os.getpid())), Owner(os.getppid(), born(os.getppid()))
+    carriers = [importer.carrier("GPU", owner, None) for owner in (service, service, other)]
     for carrier in carriers:
-        carrier._mappings.segment(b"a", POOL)
+        carrier._memory.mappings.segment(b"a", POOL)
+    assert len(driver.open) == 2
     importer.rest()
     assert not driver.open
+
+
+def test_a_client_rests_before_the_service_gives_memory_back():
+    assert cuda_client.REST_SECONDS + WATCH_SECONDS < IDLE_SECONDS

@@ -290,6 +290,19 @@ def test_shared_memory_that_fails_its_probe_is_not_used_and_nothing_faster(
     assert importer.tried == 0
 
 
+def test_what_a_probe_that_failed_had_exported_is_given_up(gpu, address):
+    given_up = []
+
+    class End(ServiceEnd):
+        def give_up(self):
+            given_up.append(self)
+
+    importer = FakeImporter(gpu, ClientEndThatOpensNothing)
+    with connected(Service(), FakeExporter(gpu, End), importer, address) as (_, client):
+        assert client.carrier == "shm"
+        assert len(given_up) == 1
+
+
 def test_a_gpu_that_is_avoided_is_not_tried_and_the_reason_is_kept(gpu, importer):
     identity = handshake.identity("", LIMIT)
     with channels() as (left, right):
@@ -363,17 +376,19 @@ def test_a_service_that_comes_back_shares_its_gpu_again(service, gpu, importer, 
 def test_a_client_that_wants_its_results_on_the_host_needs_no_room_on_the_gpu(
     service, gpu, importer, address
 ):
-    def room(call):
-        call.wait_for_room()
-        return call.has_room()
-
+    exposed = {
+        "wait": lambda call: call.wait_for_room(),
+        "has_room": lambda call: call.has_room(),
+    }
     exporter = FakeExporter(gpu)
     exporter.book = FullBook()
-    with served({"room": room}, address, exporter=exporter) as server:
+    with served(exposed, address, exporter=exporter) as server:
         with endpoint(server, importer=importer) as client:
             with pytest.raises(errors.OutOfMemory, match="ask for device='cpu'"):
-                call(client, "room")
-            assert client.call("room", (), {}, 10.0, device="cpu")
+                call(client, "wait")
+            assert not call(client, "has_room")
+            client.call("wait", (), {}, 10.0, device="cpu")
+            assert client.call("has_room", (), {}, 10.0, device="cpu")
 
 
 def test_an_argument_that_cannot_be_sent_goes_by_shared_memory(client, service, gpu):

@@ -12,10 +12,11 @@ from luna_mp.deadline import Deadline
 from luna_mp.errors import OutOfMemory
 from luna_mp.wire import leases
 from luna_mp.wire.leases import LeaseBook, Owner
+from luna_mp.workers.clip import ClipWorker
 from luna_mp.workers.vae import VaeWorker
 from tests.helpers import wait_until
 from tests.wire.test_leases import FakeCounter
-from tests.workers.fakes import FakeCall, FakeVae, library
+from tests.workers.fakes import FakeCall, FakeClip, FakeVae, library
 
 GREEDY, OTHER = Owner(1, 1.0), Owner(2, 2.0)
 SHARE = RESULT = 100  # bytes
@@ -109,8 +110,16 @@ def test_the_greedy_one_is_told_with_its_figures(book, worker, monkeypatch):
     assert book.leased(GREEDY) == RESULT
 
 
-def test_a_model_is_loaded_for_who_holds_its_share(book, worker):
-    decode(worker, book, GREEDY, FakeCounter())
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda call: VaeWorker(library(FakeVae())).load(call, None),
+        lambda call: ClipWorker(library(FakeClip()), 0).tokenize(call, "a fox"),
+    ],
+    ids=["load", "tokenize"],
+)
+def test_who_holds_its_share_is_told_what_takes_no_room(book, ask):
+    book.add(GREEDY, RESULT, "image", FakeCounter())
     with torch.inference_mode(), LeasingCall(book, GREEDY) as call:
-        assert worker.load(call, None)["bytes"] == 4
+        assert ask(call)
     assert not call.asked_for_room
