@@ -313,17 +313,6 @@ def test_worker_that_kept_memory_mapped_which_was_given_back_gets_right_results(
             wait_for_idle(luna)
 
 
-def test_worker_that_computes_is_not_held_up_as_it_lets_go_of_memory(service, monkeypatch):
-    monkeypatch.setattr(cuda_client, "REST_SECONDS", 0.0)
-    with service.connect() as luna:
-        luna.vae.decode(clients.latent())
-        torch.cuda.synchronize()
-        torch.cuda._sleep(CYCLES)
-        luna._endpoint("vae")._importer.rest()
-        torch.ones(1, device="cuda").add_(1)
-        assert not torch.cuda.current_stream().query()
-
-
 @pytest.mark.parametrize("number", [0, 1])
 def test_results_come_after_the_service_gave_its_memory_back(vae_folder, runtime_dir, number):
     if torch.cuda.device_count() <= number:
