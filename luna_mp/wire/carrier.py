@@ -31,8 +31,9 @@ class CarrierFailed(Broken):
 
     @classmethod
     def by(cls, name: str, error: BaseException) -> CarrierFailed:
-        """What torch and the system say of a carrier, without torch's advice."""
-        return cls(f"{name}: {(str(error) or type(error).__name__).splitlines()[0]}")
+        """What torch, the system or the peer says of a carrier, without torch's advice."""
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        return cls(f"{name}: {said.removeprefix(f'{name}: ')}")
 
 
 class Outgoing:

@@ -81,10 +81,9 @@ class Channel:
 
     def demote(self, name: str) -> None:
         """Send no more by that carrier; what is still under way by it is understood."""
-        for carrier in self._order:
-            if carrier.name == name:
-                carrier.give_up()
-        self._order = [carrier for carrier in self._order if carrier.name != name]
+        for carrier in [each for each in self._order if each.name == name]:
+            self._order.remove(carrier)
+            carrier.give_up()
 
     def settle(self, after: Fence | None) -> None:
         """What was received is in use until the work behind `after` is done."""

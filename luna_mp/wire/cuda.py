@@ -41,7 +41,7 @@ from luna_mp.wire.counters import Counters, TorchCounter
 from luna_mp.wire.leases import LeaseBook, Owner
 from luna_mp.wire.shm import ShmCarrier
 
-__all__ = ("HOST", "Exporter", "ExportingCarrier", "uuid_of")
+__all__ = ("HOST", "Exporter", "ExportingCarrier", "Place", "uuid_of")
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +52,8 @@ HOST = "host"  # opens the token of what is copied to the host
 COPIED_HERE = range(1 << 20, (64 << 20) + 1)
 MAX_PLACES = 4096  # addresses of results, of which a workflow has a few for each size
 
-#: the handle that opens a segment of the card's memory, and an offset in it, in bytes
-_Place = tuple[bytes, int]
+#: the number of the pool, the handle that opens a segment of it, and an offset in that, in bytes
+Place = tuple[int, bytes, int]
 
 
 class Exporter:
@@ -76,7 +76,7 @@ class Exporter:
         self.book.when_idle = self._renew_pool
         self._counters = Counters(device)
         #: of memory in the pool, by its address
-        self._places: dict[int, _Place] = {}
+        self._places: dict[int, Place] = {}
         #: where that lies which was made in the pool last, and is not exported yet
         self._placed = 0
         self._beside = torch.cuda.Stream(device)
@@ -116,12 +116,10 @@ class Exporter:
                 place, counter = self._shared(storage)
             else:
                 counter = self._counters.take()
-            pool = self._number
         number = self.book.add(owner, how.nbytes, storage, counter)
         out.undo.append(partial(self.book.withdraw, number))
-        handle, offset = place
-        where = (self.uuid, pool, handle, how.nbytes, offset, counter.file, counter.slot)
-        return (number, *where, how.text), must_wait
+        where = (place, how.nbytes, counter.file, counter.slot, how.text)
+        return (number, self.uuid, *where), must_wait
 
     def close(self) -> None:
         """End the lease book; nothing is exported any more."""
@@ -136,7 +134,7 @@ class Exporter:
         """
         return self._of_calls.query() and self._beside.query()
 
-    def _shared(self, storage: torch.UntypedStorage) -> tuple[_Place, TorchCounter]:
+    def _shared(self, storage: torch.UntypedStorage) -> tuple[Place, TorchCounter]:
         """Where memory in the pool lies, for all that will lie there; and a counter for once.
 
         What is in use keeps its memory from the card, as graphs of CUDA rely on too; except where
@@ -145,7 +143,7 @@ class Exporter:
         # What `reduce_tensor` calls; the rest of it, which finds a storage that was sent before,
         # has nothing to find here and takes longer than this.
         _, handle, _, offset, file, slot, *_ = storage._share_cuda_()
-        place = (handle, offset)
+        place = (self._number, handle, offset)
         if self._pool.is_in_use:
             if len(self._places) >= MAX_PLACES:
                 self._places.clear()

@@ -12,7 +12,7 @@ from torch.multiprocessing import reductions
 
 from luna_mp.wire import counters, cuda_runtime, layout
 from luna_mp.wire.carrier import Carrier, CarrierFailed, Incoming, NoRoom, Outgoing, Token
-from luna_mp.wire.cuda import HOST, uuid_of
+from luna_mp.wire.cuda import HOST, Place, uuid_of
 from luna_mp.wire.layout import Layout
 from luna_mp.wire.leases import IDLE_SECONDS, Owner
 from luna_mp.wire.shm import ShmCarrier
@@ -26,8 +26,6 @@ logger = logging.getLogger(__name__)
 PINNED = range(1 << 20, (1 << 30) + 1)
 #: a tensor over the service's memory, and what tells whether nothing uses that any more
 Opened = tuple[torch.Tensor, Callable[[], bool]]
-#: the number of a pool of the service, the handle of a segment in it, and an offset, in bytes
-Place = tuple[int, bytes, int]
 MAX_REMEMBERED = 64  # results, before those that were dropped are forgotten
 #: after which mappings are given up: before the service gives its memory back to the card, which
 #: has it only once nobody maps it
@@ -130,14 +128,13 @@ class ImportingCarrier(Carrier):
 
     def _unpack_export(self, token: Token, source: Incoming) -> torch.Tensor:
         """What lies in the service's memory, or a copy of it that is made here."""
-        number, _, pool, handle, size, offset, counter, slot, text, event, must_wait = token
+        number, _, place, size, counter, slot, text, event, must_wait = token
         how = layout.parse(text, source.limit)
         if how.nbytes != size:
             raise CarrierFailed(f"cuda: a result of {how.nbytes} bytes, exported with {size} bytes")
         is_as_it_lies = not (source.to_host or how.is_packed)
         opened_as = how if is_as_it_lies else layout.bytes_of(size)
         # All that can be is done before the wait, while the service's GPU works.
-        place = (pool, handle, offset)
         tensor, is_over = self._opened(number, opened_as, place, counter, slot)
         if is_as_it_lies:
             self._remember(number, tensor, is_over)
@@ -157,7 +154,7 @@ class ImportingCarrier(Carrier):
     def discard(self, token: Token) -> None:
         if token[0] == HOST:
             return
-        number, _, _, _, _, _, counter, slot, *_ = token
+        number, _, _, _, counter, slot, *_ = token
         # What was opened is let go of when its tensor is.
         if number != self._opened_last:
             # That its counter cannot be reached is what it was refused for.

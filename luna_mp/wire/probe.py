@@ -86,8 +86,7 @@ def _attempt(channel: Channel, name: str, probe: Callable[[], None]) -> str:
         probe()
     except (_Refused, CarrierFailed, RuntimeError) as exc:
         channel.demote(name)
-        problem = (str(exc) or type(exc).__name__).splitlines()[0]
-        return f"{name}: {problem.removeprefix(f'{name}: ')}"
+        return str(CarrierFailed.by(name, exc))
     return ""
 
 

@@ -40,7 +40,7 @@ class Exports:
         torch.cuda.synchronize()
         if cycles:
             torch.cuda._sleep(cycles)
-        _, _, _, _, _, _, counter, slot, _, _, must_wait = self.carrier.pack(tensor, out)
+        _, _, _, _, counter, slot, _, _, must_wait = self.carrier.pack(tensor, out)
         return counter, slot, must_wait
 
     def counted_by(self, results: int) -> list[tuple[str, int]]:
@@ -86,10 +86,10 @@ class Exports:
     def pool(self) -> int:
         """Number of the pool that a result lies in, which comes back."""
         out = Outgoing()
-        pool: int = self.carrier.pack(self.made(), out)[2]
+        _, _, (pool, _, _), *_ = self.carrier.pack(self.made(), out)
         out.take_back()
         self.exporter.book.collect()
-        return pool
+        return int(pool)
 
     def pools(self) -> list[int]:
         """The same of two, and of one that is made once their memory was given up."""

@@ -130,7 +130,7 @@ def source(request):
 
 
 def export(slot, how=f"float32:{FLOATS}:1"):
-    return (slot, "GPU", POOL, b"handle", 4 * FLOATS, 0, b"counter", slot, how, b"event", True)
+    return (slot, "GPU", (POOL, b"handle", 0), 4 * FLOATS, b"counter", slot, how, b"event", True)
 
 
 def message(second=f"float32:{FLOATS}:1"):
