@@ -53,7 +53,11 @@ class Importer:
         return ImportingCarrier(self._index, service, host)
 
     def rest(self) -> None:
-        """Let go of what is kept of services' memory for the next call, if none came."""
+        """Let go of what is kept of services' memory for the next call, if none came.
+
+        As with `torch.cuda.empty_cache`, the driver waits here for what this process has queued on
+        its GPU, and launches of other threads wait with it: once after a time of calls.
+        """
         with _lock:
             memories = list(_memories.values())
         for memory in memories:
