@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -199,6 +199,14 @@ def _connected(where: dict[str, Any], instead: str = "") -> Iterator[Any]:
         yield luna
 
 
+def _conclude(
+    report: dict[str, Any], as_json: bool, format_report: Callable[[dict[str, Any]], str]
+) -> NoReturn:
+    """Print what was found; the status is 0 where all of it is well."""
+    click.echo(json.dumps(report, indent=2) if as_json else format_report(report))
+    sys.exit(0 if report["ok"] else 1)
+
+
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 @click.option(
@@ -213,8 +221,7 @@ def demo(as_json: bool, picture: Path) -> None:
     from luna_mp.demo import format_report, run_demo
 
     report = run_demo(picture)
-    click.echo(json.dumps(report, indent=2) if as_json else format_report(report))
-    sys.exit(0 if report["ok"] else 1)
+    _conclude(report, as_json, format_report)
 
 
 @main.command()
@@ -225,8 +232,7 @@ def bench(as_json: bool) -> None:
     from luna_mp.bench import format_report, run_bench
 
     report = run_bench()
-    click.echo(json.dumps(report, indent=2) if as_json else format_report(report))
-    sys.exit(0 if report["ok"] else 1)
+    _conclude(report, as_json, format_report)
 
 
 @main.command()
@@ -239,8 +245,7 @@ def doctor(as_json: bool, **where: str) -> None:
     from luna_mp.doctor import examine, format_report
 
     report = examine(**where)
-    click.echo(json.dumps(report, indent=2) if as_json else format_report(report))
-    sys.exit(0 if report["ok"] else 1)
+    _conclude(report, as_json, format_report)
 
 
 if __name__ == "__main__":

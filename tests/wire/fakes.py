@@ -1,4 +1,4 @@
-"""A GPU that both ends reach, made of memory of this process, and carriers that use it."""
+"""Fakes: a GPU that both ends reach, made of memory of this process, its carriers, and leases."""
 
 from __future__ import annotations
 
@@ -53,6 +53,27 @@ class ServiceEndThatFailsLater(ServiceEnd):
         if self._gpu.is_lost:
             raise CarrierFailed("cuda: No space left on device")
         return super().pack(tensor, out)
+
+
+class FakeCounter:
+    holders = 1
+    retired = 0
+
+    def value(self):
+        return self.holders
+
+    def release(self):
+        self.holders = 0
+
+    def retire(self):
+        self.retired += 1
+
+
+class FakeFence:
+    is_done = False
+
+    def query(self):
+        return self.is_done
 
 
 class FakeBook:

@@ -18,7 +18,7 @@ from luna_mp.wire.cuda_client import ImportingCarrier
 from luna_mp.wire.inline import InlineCarrier
 from luna_mp.wire.leases import LeaseBook, Owner
 from tests.same import assert_same
-from tests.wire.test_leases import FakeCounter
+from tests.wire.fakes import FakeCounter, FakeFence
 
 OWNER = Owner(1, 1.0)
 LIMIT = SimpleNamespace(limit=1 << 20)
@@ -133,13 +133,7 @@ def test_a_result_that_was_dropped_is_not_recognised_by_its_address(client, resu
 
 
 def test_a_lease_that_a_call_reads_stays_until_its_work_is_done(client, service, result, book):
-    class Work:
-        is_done = False
-
-        def query(self):
-            return self.is_done
-
-    work = Work()
+    work = FakeFence()
     service.unpack(client.pack(result, Outgoing()), LIMIT)
     assert service.is_in_use
     service.settle(work)

@@ -15,11 +15,7 @@ from luna_mp.wire import shm
 from luna_mp.wire.carrier import CarrierFailed
 from tests.helpers import KEY, served, wait_until
 from tests.same import assert_same
-from tests.wire.fakes import (
-    ClientEnd,
-    FakeExporter,
-    ServiceEndThatFailsLater,
-)
+from tests.wire.fakes import ClientEnd, FakeExporter, ServiceEndThatFailsLater
 from tests.wire.pair import soon
 from tests.wire.sharing import BIG, call, connected, told
 

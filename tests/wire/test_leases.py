@@ -14,23 +14,10 @@ from luna_mp.processes import born
 from luna_mp.wire import leases
 from luna_mp.wire.leases import LeaseBook, Owner
 from tests.helpers import wait_until
+from tests.wire.fakes import FakeCounter, FakeFence
 
 ALICE, BOB = Owner(1, 1.0), Owner(2, 2.0)
 LATER = 10  # looks at a counter
-
-
-class FakeCounter:
-    holders = 1
-    retired = 0
-
-    def value(self):
-        return self.holders
-
-    def release(self):
-        self.holders = 0
-
-    def retire(self):
-        self.retired += 1
 
 
 class CounterThatIsLetGoOfLater(FakeCounter):
@@ -39,13 +26,6 @@ class CounterThatIsLetGoOfLater(FakeCounter):
     def value(self):
         self.asked += 1
         return int(self.asked < LATER)
-
-
-class FakeFence:
-    is_done = False
-
-    def query(self):
-        return self.is_done
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from luna_mp.wire.leases import LeaseBook, Owner
 from luna_mp.workers.clip import ClipWorker
 from luna_mp.workers.vae import VaeWorker
 from tests.helpers import wait_until
-from tests.wire.test_leases import FakeCounter
+from tests.wire.fakes import FakeCounter
 from tests.workers.fakes import FakeCall, FakeClip, FakeVae, library
 
 GREEDY, OTHER = Owner(1, 1.0), Owner(2, 2.0)
